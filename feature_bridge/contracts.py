@@ -1,0 +1,267 @@
+"""What the trainer and the bridge say to each other: plain frozen dataclasses, standard library only.
+
+Two kinds of things live here. The *spec* (`BridgeSpec`) starts a bridge and never changes. The *messages* travel over the
+socket, each a dataclass of numbers, strings and tuples: no tensor and no pickle ever crosses it. Tensors stay in a slot,
+whose byte layout `SlotLayout` computes on both sides.
+
+Legend: R rows of a slot, S tokens of a row, W feature width = captured layers x hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SCHEMA_VERSION = 1
+
+Dtype = Literal["float32", "bfloat16"]
+Split = Literal["train", "eval"]
+BYTES = {"int32": 4, "uint8": 1, "float32": 4, "bfloat16": 2}
+
+
+# --- the spec: one JSON document that starts a bridge ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSpec:
+    """The frozen target and how to run it."""
+
+    path: str  # local directory, or hub id
+    revision: str | None = None  # hub revision; required for a hub id
+    backend: Literal["auto", "sglang", "huggingface"] = "auto"  # auto: sglang where installed, else huggingface
+    dtype: Dtype = "bfloat16"
+    layer_ids: tuple[int, ...]  # ascending; the feature of id l is the output of layer l
+    trust_remote_code: bool = False
+    sglang_args: dict[str, Any] = field(default_factory=dict)
+    verify: bool = True  # compare a probe batch with forward hooks on the target's own layers at start
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """Conversations and how they become samples."""
+
+    train_path: str | None  # JSONL file or a `datasets.save_to_disk` folder; None: no training data (evaluation only)
+    eval_path: str | None = None
+    eval_fraction: float = 0.0  # without eval_path: share of the samples held out, chosen by digest
+    max_length: int  # tokens of one sample at most; a row's length
+    too_long: Literal["truncate", "drop"] = "truncate"
+    min_supervised: int  # samples with fewer supervised tokens are dropped: 2 x block size
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    num_workers: int = 0  # processes that tokenise; 0: as many as there are cores
+    cache_dir: str | None = None  # index cache, keyed by content; None: no cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class BridgeSpec:
+    """Everything a bridge needs to start."""
+
+    schema_version: int = SCHEMA_VERSION
+    target: TargetSpec
+    data: DataSpec
+    rows_per_slot: int
+    row_tokens: int
+    num_slots: int = 2
+    feature_dtype: Dtype = "bfloat16"
+    transport: Literal["shared_memory", "cuda_ipc", "in_process"] = "shared_memory"
+
+
+# --- a slot's bytes ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of a slot: C-contiguous, `offset` bytes from the slot's start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """Byte layout of one slot, the whole micro-batch of one device: every field starts at a multiple of 256 bytes.
+
+    tokens [R, S] int32, segment_start [R, S] int32, loss_mask [R, S] uint8, features [R, S, W] feature_dtype.
+    """
+
+    rows: int
+    row_tokens: int
+    feature_width: int
+    feature_dtype: Dtype
+
+    ALIGNMENT = 256  # DLPack asks for 64 on the CPU, CUDA's allocator gives 256
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        tokens_2d = (self.rows, self.row_tokens)
+        arrays = (
+            ("tokens", "int32", tokens_2d),
+            ("segment_start", "int32", tokens_2d),
+            ("loss_mask", "uint8", tokens_2d),
+            ("features", self.feature_dtype, (*tokens_2d, self.feature_width)),
+        )
+        placed, offset = [], 0
+        for name, dtype, shape in arrays:
+            placed.append(Field(name, dtype, shape, offset))
+            offset = _round_up(offset + placed[-1].num_bytes, self.ALIGNMENT)
+        return tuple(placed)
+
+    @property
+    def slot_bytes(self) -> int:
+        last = self.fields[-1]
+        return _round_up(last.offset + last.num_bytes, self.ALIGNMENT)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+# --- messages: trainer -> bridge ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Which samples (positions in the split's index) make one packed row, in this order."""
+
+    row_id: int
+    samples: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fill:
+    """Fill the next free slot with these rows. Answered by `Filled`, in the order of the requests."""
+
+    request_id: int
+    split: Split
+    rows: tuple[Row, ...]  # exactly rows_per_slot; a row without samples is padding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """The trainer's arrays of this slot are no longer used. A release of an older generation is a no-op."""
+
+    slot: int
+    generation: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decode:
+    """Greedy speculative decoding of held-out conversations with an exported draft, and of the target alone."""
+
+    request_id: int
+    draft_path: str
+    samples: tuple[int, ...]  # positions in the eval index
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shutdown:
+    """End in good order."""
+
+
+# --- messages: bridge -> trainer ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetInfo:
+    """What the trainer must know of the target. `backend` says which one really runs, with its version."""
+
+    path: str  # local directory that holds config.json and the safetensors
+    backend: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    capture: str  # "layer_output", or "next_layer_input" where deepstack adds to it in between
+    stand_ins: tuple[str, ...] = ()  # CPU stand-ins in use, if any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skip:
+    """A sample that is left out, and why. `where` names it: file and line number, or folder and row."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexTable:
+    """One split's index, as columns: what the row plan is computed from.
+
+    `lengths` and `supervised` are little-endian int32, one per usable sample; `num_images` uint8 (capped at 255).
+    """
+
+    digest: str
+    lengths: bytes
+    supervised: bytes
+    num_images: bytes
+    sample_ids: tuple[str, ...]
+    skipped: tuple[Skip, ...]
+    counts: dict[str, int]  # what the table of counts shows: lines, used, truncated, dropped by reason ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """The bridge's first message: it has its index and its target, and has checked the layer contract."""
+
+    schema_version: int
+    target: TargetInfo
+    indexes: dict[str, IndexTable]  # by split
+    num_slots: int
+    feature_width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilledRow:
+    row_id: int
+    num_tokens: int  # tokens in use; the rest of the row is padding
+    samples: tuple[int, ...]  # samples whose tokens are supervised; one that failed late is masked out
+    skipped: tuple[Skip, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filled:
+    """A slot is published and leased to the trainer until it releases this generation."""
+
+    request_id: int
+    slot: int
+    generation: int
+    rows: tuple[FilledRow, ...]
+    seconds: float  # what filling took
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedSample:
+    """One conversation's last turn, decoded greedily.
+
+    accept_lens has one entry a verify call: draft tokens accepted, without the bonus token.
+    """
+
+    sample: int
+    tokens: tuple[int, ...]  # by speculative decoding, through the end-of-turn token
+    target_tokens: tuple[int, ...]  # by the target alone
+    accept_lens: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    request_id: int
+    samples: tuple[DecodedSample, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """The bridge cannot go on (`request_id` None) or could not do one request. `message` is one sentence for the user."""
+
+    request_id: int | None
+    message: str
+
+
+MESSAGES = (Fill, Release, Decode, Shutdown, Ready, Filled, Decoded, Failure)
