@@ -1,0 +1,263 @@
+"""The configuration of a run: frozen dataclasses, validated when they are built.
+
+A file in `configs/` exposes `get_config() -> Config`; the command line (`cli.py`) overrides any field. The line under a
+field is its help text. Everything here is checked before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxdraft.losses import LossConfig
+from jaxdraft.optim import OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """The frozen target model."""
+
+    path: str
+    """Local directory (relative to the working directory, or absolute) or hub id of the target."""
+    revision: str | None = None
+    """Pinned hub revision (a commit); needed for a hub id, ignored for a directory."""
+    backend: Literal["auto", "sglang", "huggingface"] = "auto"
+    """What runs the target; auto takes SGLang where it is installed."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """The target's weights and activations."""
+    embed_key: str | None = None
+    """Name of the embedding's tensor in the target's safetensors; None: detected."""
+    lm_head_key: str | None = None
+    """Name of the LM head's tensor; None: detected (the embedding, where they are tied)."""
+    trust_remote_code: bool = False
+    """Let the target's repository run its own Python code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Conversations and how they become packed rows."""
+
+    train_path: str
+    """JSONL file or `datasets.save_to_disk` folder with the training conversations."""
+    eval_path: str | None = None
+    """Held-out conversations; None: a share of the training data, see eval_fraction."""
+    eval_fraction: float = 0.01
+    """Without eval_path: the share held out, chosen by each sample's digest."""
+    eval_rows: int = 64
+    """Held-out rows evaluated at most."""
+    row_tokens: int = 4096
+    """Tokens of a packed row, and of a sample at most."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """What happens to a longer sample; truncation never cuts an image or a video."""
+    min_pixels: int | None = None
+    """Smallest picture area after resizing; None: the processor's own."""
+    max_pixels: int | None = None
+    """Largest picture area after resizing; None: the processor's own."""
+    num_workers: int = 0
+    """Processes that tokenise the data; 0: one a core."""
+    cache_dir: str | None = ".cache/jaxdraft"
+    """Where indexes are cached; None: nowhere."""
+
+    def __post_init__(self):
+        _require(
+            self.row_tokens > 0, "data.row_tokens", self.row_tokens, "give the length of a row in tokens, e.g. 4096"
+        )
+        _require(
+            0 <= self.eval_fraction < 1,
+            "data.eval_fraction",
+            self.eval_fraction,
+            "give a share of at least 0 and below 1",
+        )
+        _require(self.eval_rows >= 1, "data.eval_rows", self.eval_rows, "evaluate at least one row")
+        if self.min_pixels is not None and self.max_pixels is not None:
+            _require(
+                self.min_pixels <= self.max_pixels,
+                "data.min_pixels",
+                self.min_pixels,
+                f"it must not exceed data.max_pixels={self.max_pixels}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftOptions:
+    """The draft's shape. What is None comes from the target, or from init_from."""
+
+    num_layers: int = 5
+    """Decoder layers."""
+    block_size: int = 16
+    """B: the anchor and B-1 proposed tokens."""
+    num_heads: int | None = None
+    """Query heads; None: the target's."""
+    num_kv_heads: int | None = None
+    """Key and value heads; None: the target's."""
+    head_dim: int | None = None
+    """Width of a head; None: the target's."""
+    intermediate_size: int | None = None
+    """Width of the MLP; None: the target's."""
+    target_layer_ids: tuple[int, ...] | None = None
+    """Captured target layers, ascending; None: evenly spread, as the paper does."""
+    mask_token_id: int | None = None
+    """Token id of MASK; None: the draft's, the tokenizer's, or an unused id below the vocabulary's size."""
+    sliding_window: int | None = None
+    """Window of the sliding layers, in tokens."""
+    num_sliding_layers: int = 0
+    """How many layers, from the first, use the sliding window."""
+    init_from: str | None = None
+    """Directory of an exported draft to start from; None: random weights from the seed."""
+
+    def __post_init__(self):
+        _require(self.num_layers >= 1, "draft.num_layers", self.num_layers, "give at least 1")
+        _require(
+            self.block_size >= 2,
+            "draft.block_size",
+            self.block_size,
+            "a block needs the anchor and a proposal: at least 2",
+        )
+        _require(
+            0 <= self.num_sliding_layers <= self.num_layers,
+            "draft.num_sliding_layers",
+            self.num_sliding_layers,
+            f"give 0 to draft.num_layers={self.num_layers}",
+        )
+        if self.num_sliding_layers and self.sliding_window is None:
+            raise ValueError(
+                f"draft.num_sliding_layers={self.num_sliding_layers} needs draft.sliding_window: "
+                "set it to the window in tokens"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BridgeConfig:
+    """The process that runs the target and hands its hidden states over."""
+
+    transport: Literal["shared_memory", "cuda_ipc", "in_process"] = "shared_memory"
+    """How features reach JAX; in_process runs the target inside the trainer, for debugging."""
+    num_slots: int = 3
+    """Prefetched slots, at least 2."""
+    feature_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the features in a slot."""
+    python: str | None = None
+    """The bridge's interpreter, of another virtual environment say; None: the trainer's own."""
+    sglang_args: dict[str, Any] = field(default_factory=dict)
+    """Further SGLang server arguments, name value pairs."""
+    verify: bool = True
+    """Check the capture against forward hooks on the target's own layers at start."""
+    start_timeout_s: float = 1800.0
+    """Seconds that a bridge may take to start: the index and the target."""
+    request_timeout_s: float = 300.0
+    """Seconds that filling one slot may take."""
+
+    def __post_init__(self):
+        _require(
+            self.num_slots >= 2,
+            "bridge.num_slots",
+            self.num_slots,
+            "one slot is used while another is filled: at least 2",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Mesh axes; -1 takes the devices that are left."""
+
+    data: int = -1
+    """Replicas: rows are split over data x fsdp."""
+    fsdp: int = 1
+    """Parameters and optimizer state are split over this axis."""
+    tensor: int = 1
+    """Heads, MLP and vocabulary are split over this axis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a DFlash draft."""
+
+    name: str
+    """Name of the run: everything it writes is in OUTPUT_DIR/NAME."""
+    output_dir: str = "runs"
+    """Where runs are kept."""
+    target: TargetConfig
+    data: DataConfig
+    draft: DraftOptions = field(default_factory=DraftOptions)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    bridge: BridgeConfig = field(default_factory=BridgeConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    seed: int = 0
+    """Of the initial weights, the order of the data and the anchors."""
+    epochs: int = 6
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps; the schedule then ends there."""
+    rows_per_device: int = 1
+    """Packed rows of one device in one micro-batch."""
+    accumulation: int = 1
+    """Micro-batches of an optimizer step."""
+    anchors_per_row: int | None = None
+    """N: blocks trained in a row; None: 512 for every 3072 tokens."""
+    anchor_rule: Literal["head", "pr505"] = "head"
+    """head: blocks may run past a sample's end; pr505: they may not."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the draft's activations; its master weights are float32."""
+
+    log_interval: int = 10
+    """Optimizer steps between two lines of metrics on the screen (every step is in metrics.jsonl)."""
+    eval_interval: int = 1000
+    """Optimizer steps between two evaluations on held-out rows."""
+    save_interval: int = 500
+    """Optimizer steps between two checkpoints."""
+    keep_checkpoints: int = 3
+    """Latest checkpoints kept, beside the first and the best."""
+    max_bad_batches: int = 10
+    """The run ends after this many batches with zero or non-finite features, loss or gradient."""
+    num_decode: int = 16
+    """Held-out conversations really decoded at the end; 0: none."""
+    max_new_tokens: int = 512
+    """Tokens that decoding generates at most for a conversation."""
+    fresh: bool = False
+    """Start anew where OUTPUT_DIR/NAME has checkpoints already; the old run is moved aside."""
+
+    def __post_init__(self):
+        for name in (
+            "epochs",
+            "rows_per_device",
+            "accumulation",
+            "log_interval",
+            "eval_interval",
+            "save_interval",
+            "keep_checkpoints",
+        ):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
+        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "give at least 1, or None")
+        _require(bool(re.fullmatch(r"[\w.-]+", self.name)), "name", self.name, "use letters, digits, '.', '_' and '-'")
+        least = 8 * self.draft.block_size
+        if self.data.row_tokens < least:
+            raise ValueError(
+                f"data.row_tokens={self.data.row_tokens} is smaller than draft.block_size={self.draft.block_size} x 8; "
+                f"raise it to at least {least} or lower draft.block_size"
+            )
+        if self.anchors_per_row is not None:
+            _require(
+                1 <= self.anchors_per_row <= self.data.row_tokens,
+                "anchors_per_row",
+                self.anchors_per_row,
+                f"give 1 to data.row_tokens={self.data.row_tokens}",
+            )
+
+    @property
+    def num_anchors(self) -> int:
+        """N of one row: the published recipe's density unless set."""
+        return self.anchors_per_row or math.ceil(512 * self.data.row_tokens / 3072)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+
+def _require(ok: bool, name: str, value: Any, remedy: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r} is not possible: {remedy}")

@@ -1,0 +1,254 @@
+"""What the trainer reads of the target by itself: its config.json, its tokenizer's ids, its frozen embedding and LM head.
+
+No transformers and no torch: these are JSON and safetensors files.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from safetensors import safe_open
+
+from jaxdraft.config import DraftOptions, TargetConfig
+from jaxdraft.model.dflash import DraftConfig, default_target_layer_ids
+
+EMBED_KEYS = (  # VLM, LLM, older VLM layouts
+    "model.language_model.embed_tokens.weight",
+    "model.embed_tokens.weight",
+    "language_model.model.embed_tokens.weight",
+)
+HEAD_KEYS = ("lm_head.weight", "language_model.lm_head.weight", "model.language_model.lm_head.weight")
+QUANTISED_SUFFIXES = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "scales", "qzeros")
+
+
+@dataclass(frozen=True)
+class TargetModel:
+    """A target on disk. For a VLM the text model's fields are those of `text_config`."""
+
+    directory: Path
+    config: dict[str, Any]
+
+    @property
+    def text(self) -> dict[str, Any]:
+        return self.config.get("text_config", self.config)
+
+    def field(self, name: str, default: Any = None) -> Any:
+        """A field of the top level, or of `text_config` where it is missing there."""
+        value = self.config.get(name)
+        return value if value is not None else self.text.get(name, default)
+
+    @property
+    def num_layers(self) -> int:
+        return self.text["num_hidden_layers"]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.text["hidden_size"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text["vocab_size"]
+
+    @property
+    def head_dim(self) -> int:
+        return self.text.get("head_dim") or self.hidden_size // self.text["num_attention_heads"]
+
+    @property
+    def rope_theta(self) -> float:
+        rope = self.text.get("rope_parameters") or self.text.get("rope_scaling") or {}
+        return float(self.text.get("rope_theta") or rope.get("rope_theta") or 10_000.0)
+
+    @cached_property
+    def tensors(self) -> dict[str, Path]:
+        """File of each tensor."""
+        index = self.directory / "model.safetensors.index.json"
+        if index.is_file():
+            names = json.loads(index.read_text())["weight_map"]
+            return {name: self.directory / file for name, file in names.items()}
+        found = {}
+        for file in sorted(self.directory.glob("*.safetensors")):
+            with safe_open(file, framework="flax") as tensors:
+                found |= dict.fromkeys(tensors.keys(), file)
+        if not found:
+            raise ValueError(f"target.path={self.directory} has no .safetensors file; give a complete model directory")
+        return found
+
+    def load(self, key: str) -> Array:
+        with safe_open(self.tensors[key], framework="flax") as tensors:
+            return tensors.get_tensor(key)
+
+
+def open_target(config: TargetConfig) -> TargetModel:
+    """The target's directory, downloaded first where `path` is a hub id.
+
+    Raises:
+      ValueError: no such directory, a hub id without a revision, or no config.json.
+    """
+    directory = Path(config.path)
+    if not directory.is_dir():
+        if directory.is_absolute() or config.path.count("/") != 1 or config.path.startswith("."):
+            raise ValueError(f"target.path={config.path} does not exist; give a model directory or a hub id (org/name)")
+        directory = _download(config)
+    file = directory / "config.json"
+    if not file.is_file():
+        raise ValueError(f"target.path={config.path} has no config.json; give a complete model directory")
+    return TargetModel(directory, json.loads(file.read_text()))
+
+
+def _download(config: TargetConfig) -> Path:
+    from huggingface_hub import snapshot_download  # only a hub id needs it
+
+    if config.revision is None:
+        raise ValueError(
+            f"target.path={config.path} is no directory here, and as a hub id it needs target.revision: pin a commit"
+        )
+    try:
+        return Path(snapshot_download(config.path, revision=config.revision))
+    except Exception as error:  # the hub's client raises many kinds; each is the same to the user
+        raise ValueError(
+            f"target.path={config.path} at target.revision={config.revision} could not be downloaded "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); give a local directory or check the name"
+        ) from error
+
+
+def make_draft_config(options: DraftOptions, target: TargetModel, start: DraftConfig | None = None) -> DraftConfig:
+    """The draft's full shape: the options, then the draft it starts from, then the target.
+
+    Raises:
+      ValueError: a combination that cannot be (see `DraftConfig`).
+    """
+    if start is not None:
+        return start
+    num_heads = options.num_heads or target.text["num_attention_heads"]
+    return DraftConfig(
+        hidden_size=target.hidden_size,
+        intermediate_size=options.intermediate_size or target.text["intermediate_size"],
+        num_layers=options.num_layers,
+        num_heads=num_heads,
+        num_kv_heads=options.num_kv_heads or target.text.get("num_key_value_heads") or num_heads,
+        head_dim=options.head_dim or target.head_dim,
+        vocab_size=target.vocab_size,
+        block_size=options.block_size,
+        target_layer_ids=options.target_layer_ids or default_target_layer_ids(target.num_layers, options.num_layers),
+        num_target_layers=target.num_layers,
+        mask_token_id=resolve_mask_token(options.mask_token_id, target),
+        rms_norm_eps=target.text.get("rms_norm_eps", 1e-6),
+        rope_theta=target.rope_theta,
+        layer_types=tuple(
+            "sliding_attention" if i < options.num_sliding_layers else "full_attention"
+            for i in range(options.num_layers)
+        ),
+        sliding_window=options.sliding_window,
+        initializer_range=target.text.get("initializer_range", 0.02),
+        max_position_embeddings=target.text.get("max_position_embeddings", 32768),
+    )
+
+
+def resolve_mask_token(explicit: int | None, target: TargetModel) -> int:
+    """MASK's id: explicit, else the tokenizer's mask token, else an unused id below the vocabulary's size.
+
+    Raises:
+      ValueError: the explicit id is not below vocab_size, or every id is in use.
+    """
+    vocab_size = target.vocab_size
+    if explicit is not None:
+        if not 0 <= explicit < vocab_size:
+            raise ValueError(
+                f"draft.mask_token_id={explicit} is not below the target's vocab_size={vocab_size}; "
+                "serving engines reject it: give an unused id below it"
+            )
+        return explicit
+    used, mask_token = _tokenizer_ids(target.directory)
+    if mask_token is not None and mask_token < vocab_size:
+        return mask_token
+    for candidate in (len(used), *range(vocab_size - 1, -1, -1)):
+        if candidate < vocab_size and candidate not in used:
+            return candidate
+    raise ValueError(
+        f"every id of {target.directory}'s vocabulary ({vocab_size}) is in use; set draft.mask_token_id to a rare one"
+    )
+
+
+def _tokenizer_ids(directory: Path) -> tuple[set[int], int | None]:
+    """Ids in use, and the mask token's id if the tokenizer has one."""
+    ids: dict[str, int] = {}
+    if (file := directory / "tokenizer.json").is_file():
+        tokenizer = json.loads(file.read_text())
+        vocab = tokenizer["model"]["vocab"]
+        ids |= vocab if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
+        ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
+    elif (file := directory / "vocab.json").is_file():
+        ids |= json.loads(file.read_text())
+    settings = {}
+    if (file := directory / "tokenizer_config.json").is_file():
+        settings = json.loads(file.read_text())
+        ids |= {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
+    if not ids:
+        raise ValueError(f"{directory} has no tokenizer files; set draft.mask_token_id, or complete the directory")
+    mask = settings.get("mask_token")
+    return set(ids.values()), ids.get(mask["content"] if isinstance(mask, dict) else mask)
+
+
+def load_frozen(
+    config: TargetConfig, target: TargetModel, dtype: Any
+) -> tuple[Float[Array, "V H"], Float[Array, "V H"]]:
+    """The target's embedding and LM head, both [vocab_size, hidden_size]; one array where they are tied.
+
+    Raises:
+      ValueError: a key that does not exist (lists candidates), a quantised tensor, or a wrong shape.
+    """
+    embed_key = _find_key("embed_key", config.embed_key, EMBED_KEYS, target, "embed_tokens")
+    tied = target.field("tie_word_embeddings", False)
+    fallback = () if config.lm_head_key or not tied else (embed_key,)
+    head_key = _find_key("lm_head_key", config.lm_head_key, HEAD_KEYS + fallback, target, "lm_head")
+    if tied and config.lm_head_key is None:
+        head_key = embed_key  # a tied checkpoint may carry a stale copy; the model ignores it
+    embedding = _load_matrix("embed_key", embed_key, target, dtype)
+    head = embedding if head_key == embed_key else _load_matrix("lm_head_key", head_key, target, dtype)
+    return embedding, head
+
+
+def _find_key(field: str, explicit: str | None, known: tuple[str, ...], target: TargetModel, hint: str) -> str:
+    candidates = [name for name in target.tensors if hint in name]
+    if explicit is not None:
+        if explicit in target.tensors:
+            return explicit
+        raise ValueError(
+            f"target.{field}={explicit} is not among the target's tensors; candidates: {', '.join(candidates) or 'none'}"
+        )
+    for key in known:
+        if key in target.tensors:
+            return key
+    quantised = [name for name in candidates if name.endswith(QUANTISED_SUFFIXES)]
+    if quantised:
+        raise ValueError(
+            f"target.{field}: {quantised[0]} is quantised, and the draft's loss needs it in full precision; "
+            "use a target whose embedding and LM head are left out of the quantisation"
+        )
+    raise ValueError(
+        f"target.{field} was not found; set it to one of: {', '.join(candidates or list(target.tensors)[:8])}"
+    )
+
+
+def _load_matrix(field: str, key: str, target: TargetModel, dtype: Any) -> Array:
+    stem = key.removesuffix("weight")
+    quantised = [stem + suffix for suffix in QUANTISED_SUFFIXES if stem + suffix in target.tensors]
+    matrix = target.load(key)
+    if quantised or matrix.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            f"target.{field}: {key} is quantised ({matrix.dtype}), and the draft's loss needs it in full precision; "
+            "use a target whose embedding and LM head are left out of the quantisation"
+        )
+    if matrix.shape != (target.vocab_size, target.hidden_size):
+        raise ValueError(
+            f"target.{field}: {key} has shape {list(matrix.shape)}, but the target's config says "
+            f"[{target.vocab_size}, {target.hidden_size}]; name another tensor"
+        )
+    return jax.device_put(matrix.astype(dtype))
