@@ -1,8 +1,8 @@
 """The exact walk of greedy speculative decoding over an answer that is already known.
 
 Greedy decoding that loses nothing emits the target's own greedy answer, whatever the draft proposes. So the anchors
-that decoding visits are fixed by how many draft tokens each anchor would get accepted: one pass over prompt + answer is enough:
-it gives that count at every position, and walking gives the accepted lengths, verify call by verify call.
+that decoding visits are fixed by how many draft tokens each anchor would get accepted: one pass over prompt + answer
+gives that count at every position, and walking it gives the accepted lengths, verify call by verify call.
 
 The counting, the same in `feature_bridge.decode`:
 - the answer's first token comes from the prefill; it is the first anchor and costs no verify call;
