@@ -1,7 +1,7 @@
 """The gated delta rule and the short causal convolution of Qwen3.5's linear attention, in plain torch.
 
 Legend: T tokens of a packed row, N sequences in it, C tokens of a chunk, M chunks, H heads, K key dim, V value dim,
-D channels, W taps of the convolution. `starts` [N+1] are the sequences' boundaries (cumulative lengths).
+D channels, W taps of the convolution. `starts` [N + 1] are the sequences' bounds (cumulative lengths from 0).
 
 The rule, per head, from S = 0 (Yang et al., "Gated Delta Networks", eq. 10):
 
@@ -12,6 +12,8 @@ system, batched over all chunks and heads; only the state is carried from chunk 
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ def gated_delta_rule(
     v: Float[Tensor, "T H V"],
     g: Float[Tensor, "T H"],
     beta: Float[Tensor, "T H"],
-    starts: Int[Tensor, "N+1"],
+    starts: Int[Tensor, " bounds"],
 ) -> tuple[Float[Tensor, "T H V"], Float[Tensor, "N H K V"]]:
     """Outputs of every token and the final state of every sequence, in fp32. `g` is the log of the decay; q is scaled.
 
@@ -49,9 +51,8 @@ def gated_delta_rule(
     q_mhck, k_mhck, v_mhcv, g_mhc, beta_mhc = (chunked(x) for x in (q, k, v, g, beta))
     decay_mhc = g_mhc.cumsum(-1)  # log of the decay since the chunk's start
     later = torch.ones(CHUNK, CHUNK, dtype=torch.bool).triu(1)
-    pair_mhcc = (
-        (decay_mhc[..., :, None] - decay_mhc[..., None, :]).masked_fill(later, -torch.inf).exp()
-    )  # 0 for the future
+    # decay from token j (last dim) to token i, 0 where j is later
+    pair_mhcc = (decay_mhc[..., :, None] - decay_mhc[..., None, :]).masked_fill(later, -torch.inf).exp()
 
     # d = T (beta v) - T (beta exp(decay) k) S, with T = (I + tril(beta k k^T * pair, -1))^-1
     k_beta = k_mhck * beta_mhc[..., None]
@@ -83,12 +84,11 @@ def gated_delta_rule_sequential(
     v: Float[Tensor, "T H V"],
     g: Float[Tensor, "T H"],
     beta: Float[Tensor, "T H"],
-    starts: Int[Tensor, "N+1"],
+    starts: Int[Tensor, " bounds"],
 ) -> tuple[Float[Tensor, "T H V"], Float[Tensor, "N H K V"]]:
     """The same, token by token as the definition reads: the reference the tests hold `gated_delta_rule` against."""
     out, states = [], []
-    bounds = starts.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(starts.tolist()):
         state = q.new_zeros(q.shape[1], q.shape[2], v.shape[2])
         for t in range(start, end):
             state = state * g[t].exp()[:, None, None]
@@ -100,7 +100,10 @@ def gated_delta_rule_sequential(
 
 
 def causal_convolution(
-    x: Float[Tensor, "D T"], weight: Float[Tensor, "D W"], bias: Float[Tensor, " D"] | None, starts: Int[Tensor, "N+1"]
+    x: Float[Tensor, "D T"],
+    weight: Float[Tensor, "D W"],
+    bias: Float[Tensor, " D"] | None,
+    starts: Int[Tensor, " bounds"],
 ) -> Float[Tensor, "D T"]:
     """Depthwise convolution over the last W tokens of the same sequence, in fp32.
 

@@ -1,7 +1,7 @@
 """SGLang's Qwen3.5 binds these operators of sgl_kernel by name on a CPU: their plain-torch versions, for whole prompts.
 
-Names, argument order and layouts are SGLang's (`sglang/srt/models/qwen3_5.py`, `.../linear/gdn_backend.py`). Continuing a
-prompt and decoding are refused: capturing features needs neither.
+Names, argument order and layouts are SGLang's (`sglang/srt/models/qwen3_5.py`, `.../linear/gdn_backend.py`). Continuing
+a prompt and decoding are refused: capturing features needs neither.
 
 Legend: T tokens of the row, HK / HV key and value heads, K / V their dims, D = channels of the convolution.
 """
@@ -9,6 +9,7 @@ Legend: T tokens of the row, HK / HV key and value heads, K / V their dims, D = 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -32,21 +33,16 @@ def register() -> None:
 
 def use_in_gated_norm() -> None:
     """Point SGLang's gated RMS norm at the operator above instead of a triton kernel; after `import sglang`."""
-    from importlib import import_module
-
-    for module in (
-        "sglang.kernels.ops.attention.fla.layernorm_gated",
-        "sglang.srt.layers.attention.fla.layernorm_gated",
-    ):
+    for package in ("sglang.kernels.ops.attention", "sglang.srt.layers.attention"):  # the second in older releases
         try:
-            import_module(module)._use_cpu = True
+            import_module(f"{package}.fla.layernorm_gated")._use_cpu = True
             return
-        except ModuleNotFoundError:  # the second name up to SGLang 0.5.16
+        except ModuleNotFoundError:
             continue
-    raise ModuleNotFoundError("SGLang's fla.layernorm_gated is neither in sglang.kernels nor in sglang.srt.layers")
+    raise ModuleNotFoundError("fla.layernorm_gated is neither in sglang.kernels nor in sglang.srt.layers")
 
 
-# --- elementwise and reshaping operators -------------------------------------------------------------------------------
+# --- elementwise and reshaping operators ------------------------------------------------------------------------------
 
 
 def _sigmoid_mul(x: Tensor, gate: Tensor) -> None:
@@ -101,15 +97,15 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     " -> (Tensor, Tensor)": _qk_norm,
     "fused_qk_gemma_rmsnorm_with_gate_cpu(Tensor q_gate, Tensor k, Tensor q_weight, Tensor k_weight, float eps,"
     " int head_dim, int num_heads) -> (Tensor, Tensor, Tensor)": _qk_norm_with_gate,
-    "fused_qkvzba_split_reshape_cat_contiguous_cpu(Tensor qkvz, Tensor ba, int heads_k, int heads_v, int dim_k, int dim_v)"
-    " -> (Tensor, Tensor, Tensor, Tensor)": _split_qkvz_ba,
+    "fused_qkvzba_split_reshape_cat_contiguous_cpu(Tensor qkvz, Tensor ba, int heads_k, int heads_v, int dim_k,"
+    " int dim_v) -> (Tensor, Tensor, Tensor, Tensor)": _split_qkvz_ba,
     "fused_gdn_gating_cpu(Tensor A_log, Tensor a, Tensor b, Tensor dt_bias) -> (Tensor, Tensor)": _gating,
     "fused_rmsnorm_gated_cpu(Tensor x, Tensor weight, Tensor z, float eps) -> Tensor": _gated_norm,
     "fused_sigmoid_gating_delta_rule_update_cpu(Tensor x) -> Tensor": _no_decoding,
 }
 
 
-# --- functions of sgl_kernel.mamba -------------------------------------------------------------------------------------
+# --- functions of sgl_kernel.mamba ------------------------------------------------------------------------------------
 
 
 def _causal_conv1d(

@@ -55,9 +55,7 @@ class _StandIn(ModuleType):
             raise AttributeError(name)
 
         def kernel(*args: Any, **kwargs: Any) -> Any:
-            raise NotImplementedError(
-                f"{self.__name__}.{name} is not available on this CPU (sgl_kernel is not installed)"
-            )
+            raise NotImplementedError(f"{self.__name__}.{name} needs sgl_kernel, which is not installed")
 
         kernel.__name__ = name
         return kernel

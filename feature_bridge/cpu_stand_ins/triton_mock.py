@@ -1,7 +1,7 @@
 """Without triton (CPU): let SGLang define its triton kernels, which a CPU never runs.
 
-SGLang ships the mock itself, for Apple machines, in `sglang/_platform_stubs.py`; this module loads that file and asks for its
-triton part alone. The file is read by path, because importing `sglang` first would already need triton.
+SGLang ships the mock itself, for Apple machines, in `sglang/_platform_stubs.py`; this module loads that file and asks
+for its triton part alone. It is read by path, because importing `sglang` first would already need triton.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ def ensure() -> str | None:
 
 def _install_sglangs_own_mock() -> None:
     sglang = importlib.util.find_spec("sglang")
-    assert sglang is not None and sglang.origin is not None
+    assert sglang is not None
+    assert sglang.origin is not None
     spec = importlib.util.spec_from_file_location(
         "_sglang_platform_stubs", Path(sglang.origin).with_name("_platform_stubs.py")
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     stubs = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = stubs
     spec.loader.exec_module(stubs)
@@ -38,8 +40,8 @@ def _install_sglangs_own_mock() -> None:
     stubs._patch_non_blocking = lambda: None
     with (
         mock.patch.object(sys, "platform", "darwin"),
-        mock.patch.object(platform, "machine", lambda: "arm64"),
-        mock.patch.object(torch.backends.mps, "is_available", lambda: True),
+        mock.patch.object(platform, "machine", return_value="arm64"),
+        mock.patch.object(torch.backends.mps, "is_available", return_value=True),
     ):
         stubs.install_platform_stubs()
     assert "triton" in sys.modules
