@@ -1,4 +1,4 @@
-"""What the trainer reads of the target by itself: its config.json, its tokenizer's ids, its frozen embedding and LM head.
+"""What the trainer reads of the target by itself: config.json, the tokenizer's ids, the frozen embedding and LM head.
 
 No transformers and no torch: these are JSON and safetensors files.
 """
@@ -221,7 +221,8 @@ def _find_key(field: str, explicit: str | None, known: tuple[str, ...], target: 
         if explicit in target.tensors:
             return explicit
         raise ValueError(
-            f"target.{field}={explicit} is not among the target's tensors; candidates: {', '.join(candidates) or 'none'}"
+            f"target.{field}={explicit} is not among the target's tensors; "
+            f"candidates: {', '.join(candidates) or 'none'}"
         )
     for key in known:
         if key in target.tensors:

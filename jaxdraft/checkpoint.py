@@ -1,0 +1,173 @@
+"""Orbax v1 checkpoints of a run: saved in the background, the latest, the first and the best kept.
+
+A checkpoint is the train state plus a JSON `meta`: config, draft shape, index digest, mask token, capture meaning. The
+row position needs no field of its own: it is the step (see `data.Schedule`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+STATE = "state"
+
+# What a resume may change (the rest is refused by name): nothing here alters a loss. Paths may move because the index
+# digest says whether the data is the same.
+RESUME_MAY_CHANGE = frozenset({
+    "name", "output_dir", "fresh", "log_interval", "eval_interval", "save_interval", "keep_checkpoints",
+    "max_bad_batches", "num_decode", "max_new_tokens", "rows_per_device", "target.path",
+    "data.train_path", "data.eval_path",
+    "data.eval_rows", "data.num_workers", "data.cache_dir", "bridge.transport", "bridge.num_slots", "bridge.python",
+    "bridge.verify", "bridge.start_timeout_s", "bridge.request_timeout_s", "bridge.restarts", "bridge.memory_fraction",
+    "mesh.data", "mesh.fsdp", "mesh.tensor", "draft.init_from",
+})  # fmt: skip
+
+
+class _First:
+    """Keeps the run's first checkpoint, the baseline that the last one is compared with."""
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        return [i == 0 for i in range(len(checkpoints))]
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. Use as a context manager: leaving it waits for the save in progress."""
+
+    def __init__(self, run_dir: Path, *, keep: int, read_only: bool = False):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file at INFO
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(get_metric_fn=lambda m: m["tau"], n=1, keep_checkpoints_without_metrics=False)
+        self._checkpointer = ocp.training.Checkpointer(
+            run_dir.resolve() / "checkpoints",
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best, _First()]),
+            cleanup_tmp_directories=not read_only,
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._checkpointer.close()
+
+    @property
+    def latest(self) -> int | None:
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    @property
+    def first(self) -> int | None:
+        return min((c.step for c in self._checkpointer.checkpoints), default=None)
+
+    @property
+    def best(self) -> int | None:
+        """Step with the highest held-out tau; None before the first evaluation."""
+        rated = [(c.metrics["tau"], c.step) for c in self._checkpointer.checkpoints if c.metrics]
+        return max(rated)[1] if rated else None
+
+    def save(self, step: int, state: Any, meta: dict[str, Any], *, tau: float | None = None) -> None:
+        """Starts saving in the background; waits only for the save before it. A step that is there already is kept."""
+        if self.latest is not None and step <= self.latest:
+            return
+        metrics = None if tau is None else {"tau": float(tau)}
+        self._checkpointer.save_async(step, state, metrics=metrics, custom_metadata=meta, force=True)
+
+    def wait(self) -> None:
+        self._checkpointer.wait()
+
+    def meta(self, step: int) -> dict[str, Any]:
+        return self._checkpointer.metadata(step).custom_metadata
+
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """The train state at `step`, placed as `abstract_state`'s shardings say, whatever mesh it was saved on."""
+        return self._checkpointer.load(step, abstract_state)
+
+    def restore_raw(self, step: int) -> dict[str, Any]:
+        """The state as nested dicts, for a reader that has no abstract state (export)."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "sharding info not provided": right, one host reads it all
+            return self._checkpointer.load(step)
+
+
+def _steps(directory: Path) -> list[int]:
+    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit()) if directory.is_dir() else []
+
+
+def pick_step(checkpoints: Checkpoints, which: int | str | None, run_dir: Path) -> int:
+    """A step by number, or "latest" (None), "best", "first".
+
+    Raises:
+      ValueError: no such checkpoint; lists those there are.
+    """
+    named = {
+        None: checkpoints.latest,
+        "latest": checkpoints.latest,
+        "first": checkpoints.first,
+        "best": checkpoints.best,
+    }
+    step = named.get(which, which)
+    there = _steps(run_dir / "checkpoints")
+    if step is None or int(step) not in there:
+        raise ValueError(
+            f"{run_dir} has no checkpoint {'' if which is None else which!r}; "
+            f"there are: {', '.join(map(str, there)) or 'none, give the directory of a run'}"
+        )
+    return int(step)
+
+
+def load_params(run_dir: str | Path, step: int | str | None = None) -> tuple[Any, dict[str, Any]]:
+    """Parameters (nested dict of arrays) and meta of a run's checkpoint; `step` as in `pick_step`.
+
+    Raises:
+      ValueError: no such run or checkpoint.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / "checkpoints").is_dir():
+        raise ValueError(f"{run_dir} has no checkpoints/ folder; give the directory of a run, e.g. runs/NAME")
+    with Checkpoints(run_dir, keep=10**6, read_only=True) as checkpoints:
+        chosen = pick_step(checkpoints, step, run_dir)
+        return checkpoints.restore_raw(chosen)["params"], checkpoints.meta(chosen) | {"step": chosen}
+
+
+def check_resume(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses to go on from `saved` (a checkpoint's meta) with anything different that changes what is trained.
+
+    Raises:
+      ValueError: names the first such field, both values, and the remedy.
+    """
+    old, new = (_flatten({k: v for k, v in meta.items() if k != "versions"}) for meta in (saved, now))
+    for name in sorted(old.keys() | new.keys()):
+        field = name.removeprefix("config.")
+        if field in RESUME_MAY_CHANGE or field.startswith("bridge.sglang_args"):
+            continue
+        if old.get(name) != new.get(name):
+            raise ValueError(
+                f"{field}={new.get(name)!r} differs from the checkpoint's {old.get(name)!r}; "
+                "restore the old value, or start a new run with --fresh or another --name"
+            )
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: list(tree) if isinstance(tree, tuple) else tree}
+    return {name: value for key, child in tree.items() for name, value in _flatten(child, f"{prefix}{key}.").items()}
+
+
+def as_json(value: Any) -> Any:
+    """Dataclasses and tuples as what JSON gives back, so that a saved meta compares equal to a fresh one."""
+    if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {key: as_json(child) for key, child in value.items()}
+    return [as_json(child) for child in value] if isinstance(value, (list, tuple)) else value
+
+
+def abstract_like(state: Any) -> Any:
+    """Shapes, dtypes and shardings of a state, for `restore`."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

@@ -1,0 +1,114 @@
+"""Metrics of a run: every step as a line of metrics.jsonl and in TensorBoard, a progress bar on the screen.
+
+A resume cuts metrics.jsonl back to the checkpoint's step, so that it reads like that of a run
+that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+
+class MetricsLog:
+    """Writes what happens at each step. Use as a context manager."""
+
+    def __init__(self, run_dir: Path, *, resume_step: int):
+        self._file = _cut_back(run_dir / "metrics.jsonl", resume_step).open("a")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1, flush_secs=30)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+        self._board.close()
+
+    def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
+        """One line: {"step", "split", ...}. Lists (a value a slot) become one TensorBoard curve an element."""
+        self._file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            if isinstance(value, (list, tuple)):
+                for i, element in enumerate(value):
+                    self._board.add_scalar(f"{split}/{name}/{i}", element, step)
+            elif isinstance(value, (int, float)):
+                self._board.add_scalar(f"{split}/{name}", value, step)
+
+
+def _cut_back(file: Path, step: int) -> Path:
+    """Drops the lines after `step`, and a last line that a crash cut short."""
+    kept = []
+    if file.is_file():
+        for line in file.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):
+                break
+    scratch = file.with_suffix(".tmp")
+    scratch.write_text("".join(kept))
+    os.replace(scratch, file)
+    return file
+
+
+class ProgressBar:
+    """Steps done, loss, tau and rows/s; where there is no terminal, a plain line every `log_interval` steps."""
+
+    def __init__(self, console: Console, *, total: int, done: int, log_interval: int):
+        self._console, self._total, self._log_interval = console, total, log_interval
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=total, completed=done, figures="")
+
+    def __enter__(self) -> ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def show(self, step: int, metrics: Mapping[str, Any]) -> None:
+        figures = (
+            f"loss {metrics['loss']:.3f}  tau {metrics['tau']:.2f}  {metrics['rows_per_second']:.2f} rows/s  "
+            f"lr {metrics['learning_rate']:.1e}"
+        )
+        self._bar.update(self._task, completed=step, figures=figures)
+        if not self._console.is_terminal and (step % self._log_interval == 0 or step == self._total):
+            self._console.print(f"step {step}/{self._total}  {figures}")
+
+
+class Clock:
+    """Rows and tokens a second, and the share of time spent waiting for features, since the last reading."""
+
+    def __init__(self) -> None:
+        self.started = self._last = time.perf_counter()
+        self._waited = 0.0
+
+    def reading(self, *, rows: int, tokens: int, waited: float) -> dict[str, float]:
+        """`waited` is the total so far, in seconds."""
+        now = time.perf_counter()
+        seconds, waiting = max(now - self._last, 1e-9), waited - self._waited
+        self._last, self._waited = now, waited
+        return {
+            "rows_per_second": rows / seconds,
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            "seconds_waiting": waiting,
+        }
