@@ -218,6 +218,14 @@ class Ready:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RingMemory:
+    """Where the slots are: follows `Ready`. Host memory's file descriptor travels beside this message."""
+
+    num_bytes: int  # of all slots
+    cuda_handle: bytes | None = None  # CUDA IPC handle of the allocation, where the slots are on a GPU
+
+
+@dataclass(frozen=True, kw_only=True)
 class FilledRow:
     row_id: int
     num_tokens: int  # tokens in use; the rest of the row is padding
@@ -264,4 +272,4 @@ class Failure:
     message: str
 
 
-MESSAGES = (Fill, Release, Decode, Shutdown, Ready, Filled, Decoded, Failure)
+MESSAGES = (Fill, Release, Decode, Shutdown, Ready, RingMemory, Filled, Decoded, Failure)
