@@ -1,0 +1,91 @@
+"""Checkpoints: what is kept, what is restored, what a resume may change."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdraft.checkpoint import Checkpoints, abstract_like, as_json, check_resume, load_params, pick_step
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class State:
+    step: jax.Array
+    params: dict
+
+
+def state_at(step):
+    return State(jnp.int32(step), {"fc": jax.random.normal(jax.random.key(step), (8, 3))})
+
+
+def test_latest_first_and_best_are_kept(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step, tau in ((1, 1.0), (2, 4.0), (3, None), (4, 2.0), (5, 3.0), (6, None)):
+            checkpoints.save(step, state_at(step), {"mask_token_id": 7}, tau=tau)
+        checkpoints.wait()
+        assert (checkpoints.first, checkpoints.best, checkpoints.latest) == (1, 2, 6)
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")) == [1, 2, 5, 6]
+    params, meta = load_params(tmp_path, "best")
+    np.testing.assert_array_equal(params["fc"], state_at(2).params["fc"])
+    assert meta == {"mask_token_id": 7, "step": 2}
+
+
+def test_restore_is_bit_identical(tmp_path):
+    saved = state_at(5)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(5, saved, {})
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        restored = checkpoints.restore(5, abstract_like(state_at(0)))
+    assert isinstance(restored, State)
+    np.testing.assert_array_equal(restored.params["fc"], saved.params["fc"])
+    assert restored.step == 5
+
+
+def test_unknown_checkpoint_lists_those_there(tmp_path):
+    with pytest.raises(ValueError, match="has no checkpoints/ folder"):
+        load_params(tmp_path)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(3, state_at(3), {})
+        checkpoints.wait()
+        with pytest.raises(ValueError, match="there are: 3"):
+            pick_step(checkpoints, 4, tmp_path)
+
+
+META = {
+    "config": {"seed": 0, "log_interval": 10, "mesh": {"data": -1}, "target": {"path": "a"}, "draft": {"num_layers": 5}},
+    "mask_token_id": 9,
+    "index_digest": "abc",
+    "rows_per_step": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [(("config", "log_interval"), 1), (("config", "mesh", "data"), 4), (("config", "target", "path"), "/elsewhere")],
+)
+def test_resume_may_change(path, value):
+    check_resume(META, changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [(("mask_token_id",), 8), (("config", "draft", "num_layers"), 3), (("index_digest",), "x"), (("rows_per_step",), 8)],
+)
+def test_resume_refuses_by_name(path, value):
+    with pytest.raises(ValueError, match=rf"{path[-1]}=.*--fresh"):
+        check_resume(META, changed(path, value))
+
+
+def changed(path, value, tree=META):
+    head, *rest = path
+    return tree | {head: changed(rest, value, tree[head]) if rest else value}
+
+
+def test_as_json_equals_what_json_gives_back():
+    import json
+
+    value = {"a": (1, 2), "b": {"c": [None, "x"]}}
+    assert as_json(value) == json.loads(json.dumps(value))
