@@ -1,4 +1,9 @@
-"""Config files and the command line: `--config NAME [--any.field value ...]` -> Config, every mistake one sentence."""
+"""Config files and the command line: `--config NAME [--any.field value ...]` -> Config, every mistake one sentence.
+
+run_command(main)                     in `if __name__ == "__main__"`
+parse_args(argv) -> Config            what `jaxdraft.train` takes
+parse_options(Options, argv)          what the smaller commands take
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,17 @@ import dataclasses
 import importlib.util
 import io
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import tyro
 
 from jaxdraft.config import Config
 
+T = TypeVar("T")
 CONFIGS_DIR = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -82,14 +90,36 @@ def parse_args(argv: Sequence[str]) -> Config:
 
 def override(config: Config, argv: Sequence[str]) -> Config:
     """The config with the command line's fields replaced. Raises as `parse_args`."""
+    return _tyro(Config, argv, prog="python -m jaxdraft.train --config NAME", default=config)
+
+
+def parse_options(kind: type[T], argv: Sequence[str] | None, prog: str) -> T:
+    """A command's own options: `kind` is a dataclass, each field an option. Raises as `parse_args`."""
+    return _tyro(kind, sys.argv[1:] if argv is None else argv, prog=prog)
+
+
+def _tyro(kind: type[T], argv: Sequence[str], **options) -> T:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(Config, default=config, args=list(argv), prog="python -m jaxdraft.train --config NAME")
+            return tyro.cli(kind, args=list(argv), **options)
     except SystemExit as error:
         if error.code in (0, None):
             raise
         raise ValueError(_one_sentence(complaint.getvalue())) from None
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Runs a command and ends the process: what a user can cause ends in one sentence on stderr and exit code 2."""
+    try:
+        code = main() or 0
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)
 
 
 def _split_config_name(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -141,7 +141,7 @@ class BridgeConfig:
     """Precision of the features in a slot."""
     python: str | None = None
     """The bridge's interpreter, of another virtual environment say; None: the trainer's own."""
-    sglang_args: dict[str, Any] = field(default_factory=dict)
+    sglang_args: dict[str, int | float | bool | str] = field(default_factory=dict)
     """Further SGLang server arguments, name value pairs."""
     verify: bool = True
     """Check the capture against forward hooks on the target's own layers at start."""
