@@ -1,0 +1,139 @@
+"""Pictures: where they are, reading them, and decoding them to RGB.
+
+A media reference is a `str` (an absolute path or a data URL) or the encoded `bytes` themselves. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+Media = str | bytes
+
+_EXIF_ORIENTATION = 0x0112
+_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # 16 bits a channel
+
+
+class SampleError(Exception):
+    """A sample that cannot be used. `kind` is a short phrase to count by, `reason` says it in full."""
+
+    def __init__(self, kind: str, reason: str):
+        super().__init__(reason)
+        self.kind = kind
+        self.reason = reason
+
+
+class MediaError(SampleError):
+    """A picture that cannot be used."""
+
+    def __init__(self, reason: str):
+        super().__init__("broken picture", reason)
+
+
+def resolve(value: Any, folder: Path) -> Media:
+    """The reference that a record's value means; relative paths are relative to `folder`.
+
+    Args:
+        value: a path, `file:` URL or data URL; a dict with one of these under `url` or `path`, or with `bytes`
+            (OpenAI's `image_url`, and the storage form of a `datasets` Image); or encoded bytes.
+
+    Raises:
+        MediaError: the value is none of these, or would have to be downloaded.
+    """
+    if isinstance(value, dict):
+        given = [value[key] for key in ("bytes", "url", "path") if value.get(key) is not None]
+        if not given:
+            raise MediaError(f"picture without url, path or bytes: keys {sorted(value)}")
+        value = given[0]
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str) or not value:
+        raise MediaError(f"picture given as {_shorten(value)}, expected a path or a URL")
+    scheme = value.split(":", 1)[0].lower() if ":" in value else ""
+    if scheme == "data":
+        return value
+    if scheme in ("http", "https"):
+        raise MediaError(f"picture at {_shorten(value)} is remote; download it and give its path")
+    if scheme == "file":
+        value = urllib.parse.unquote(urllib.parse.urlparse(value).path)
+    return os.path.abspath(folder / value)
+
+
+def read(media: Media) -> bytes:
+    """The encoded bytes. Raises MediaError."""
+    if isinstance(media, bytes):
+        return media
+    if media.startswith("data:"):
+        header, comma, body = media.partition(",")
+        try:
+            if not comma:
+                raise ValueError("no comma")
+            return base64.b64decode(body, validate=True) if header.endswith(";base64") else _percent_decode(body)
+        except (ValueError, binascii.Error) as error:
+            raise MediaError(f"data URL does not decode: {error}") from error
+    try:
+        return Path(media).read_bytes()
+    except FileNotFoundError as error:
+        raise MediaError(f"picture {media} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise MediaError(f"picture {_shorten(media)} cannot be read: {error}") from error
+
+
+def size(encoded: bytes, name: str) -> tuple[int, int]:
+    """(height, width) of the upright picture, from its header alone. Raises MediaError."""
+    with _open(encoded, name) as picture:
+        width, height = picture.size
+        turned = _header(picture, name) >= 5
+    return (width, height) if turned else (height, width)
+
+
+def decode(encoded: bytes, name: str) -> Image.Image:
+    """Decodes every pixel of the first frame: RGB, 8 bits a channel, upright by its EXIF orientation.
+
+    `name` says in the message which picture it was. Raises MediaError.
+    """
+    with _open(encoded, name) as picture:
+        try:
+            picture.load()
+            if picture.mode in _DEEP_MODES:  # PIL would clip instead of scaling
+                high_byte = np.clip(np.asarray(picture).astype(np.int64) >> 8, 0, 255)
+                picture = Image.fromarray(high_byte.astype(np.uint8))
+            return ImageOps.exif_transpose(picture).convert("RGB")
+        except Exception as error:  # decoders of broken files raise nearly anything
+            raise MediaError(f"picture {name} does not decode: {error}") from error
+
+
+def describe(media: Media) -> str:
+    """A short name for messages."""
+    return f"<{len(media)} bytes>" if isinstance(media, bytes) else _shorten(media)
+
+
+def _open(encoded: bytes, name: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(encoded))
+    except Exception as error:  # as above: also DecompressionBombError, SyntaxError, struct.error
+        raise MediaError(f"picture {name} is not an image file that PIL reads") from error
+
+
+def _header(picture: Image.Image, name: str) -> int:
+    try:
+        return int(picture.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception as error:  # as above
+        raise MediaError(f"picture {name} has broken EXIF data: {error}") from error
+
+
+def _percent_decode(body: str) -> bytes:
+    return urllib.parse.unquote_to_bytes(body)
+
+
+def _shorten(value: Any, limit: int = 80) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,196 @@
+"""The target's own tokenizer, chat template and picture rules, in the few terms that samples need."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from feature_bridge.cpu_stand_ins import torchvision_ops
+from feature_bridge.media import MediaError
+
+
+@dataclass(frozen=True, eq=False)
+class Processor:
+    """What turns conversations into a target's inputs.
+
+    The token ids of a text-only target's pictures are None, and so is its image processor.
+    """
+
+    tokenizer: Any
+    image_processor: Any
+    chat_template: str
+    eos_token_ids: frozenset[int]
+    image_token_id: int | None
+    video_token_id: int | None
+    vision_start_token_id: int | None
+    stand_in: str | None = None  # CPU stand-in in use, if any
+
+    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+        """The chat template's text, thinking off where the template knows that switch."""
+        return self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            enable_thinking=False,
+        )
+
+    def image_grid(self, height: int, width: int) -> tuple[int, int, int]:
+        """Patches (t, h, w) of a picture of this size in pixels, by the image processor's own resize rule.
+
+        Raises: MediaError: the rule refuses this size.
+        """
+        rules = self.image_processor
+        smart_resize = sys.modules[type(rules).__module__].smart_resize
+        try:
+            new_height, new_width = smart_resize(
+                height,
+                width,
+                factor=rules.patch_size * rules.merge_size,
+                min_pixels=rules.size["shortest_edge"],
+                max_pixels=rules.size["longest_edge"],
+            )
+        except (ValueError, ZeroDivisionError) as error:
+            raise MediaError(
+                f"picture of {width}x{height} pixels is refused by the image processor: {error}"
+            ) from error
+        return 1, new_height // rules.patch_size, new_width // rules.patch_size
+
+    def num_image_tokens(self, grid: tuple[int, int, int]) -> int:
+        """Placeholder tokens of a picture with this patch grid."""
+        t, h, w = grid
+        return t * h * w // self.image_processor.merge_size**2
+
+    def fingerprint(self) -> str:
+        """Digest of everything here that tokens depend on."""
+        parts = (
+            self.tokenizer.backend_tokenizer.to_str(),
+            self.chat_template,
+            sorted(self.eos_token_ids),
+            self.image_fingerprint(),
+            (self.image_token_id, self.video_token_id, self.vision_start_token_id),
+        )
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+    def image_fingerprint(self) -> str:
+        """The settings that pixel values depend on, as text."""
+        if self.image_processor is None:
+            return ""
+        names = (
+            "patch_size",
+            "merge_size",
+            "temporal_patch_size",
+            "rescale_factor",
+            "image_mean",
+            "image_std",
+            "resample",
+        )
+        settings = {name: getattr(self.image_processor, name, None) for name in names}
+        settings["size"] = [self.image_processor.size[edge] for edge in ("shortest_edge", "longest_edge")]
+        return json.dumps(settings, default=lambda value: list(value) if isinstance(value, tuple) else str(value))
+
+
+def load_processor(
+    path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> Processor:
+    """Loads a target's processor, or its tokenizer where it is a text-only model.
+
+    Args:
+        min_pixels, max_pixels: a picture's area after resizing, in place of the processor's own limits.
+
+    Raises:
+        ValueError: no tokenizer or chat template there, or an image processor of an unknown kind.
+    """
+    stand_in = torchvision_ops.ensure()
+    import transformers
+
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        loaded = transformers.AutoProcessor.from_pretrained(path, **options)
+        if not hasattr(loaded, "tokenizer") and not hasattr(loaded, "backend_tokenizer"):
+            loaded = transformers.AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"target.path={path!r} holds no processor or tokenizer that loads ({_first_line(error)})"
+        ) from error
+    tokenizer = getattr(loaded, "tokenizer", loaded)
+    eos = _eos_token_ids(transformers, path, options) | {tokenizer.eos_token_id} - {None}
+    return make_processor(loaded, eos, min_pixels=min_pixels, max_pixels=max_pixels, path=path, stand_in=stand_in)
+
+
+def make_processor(
+    loaded: Any,
+    eos_token_ids: set[int],
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    path: str = "",
+    stand_in: str | None = None,
+) -> Processor:
+    """Wraps a transformers processor or tokenizer that is loaded already. Raises ValueError, as `load_processor`."""
+    tokenizer = getattr(loaded, "tokenizer", loaded)
+    image_processor = getattr(loaded, "image_processor", None)
+    template = getattr(loaded, "chat_template", None) or tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise ValueError(f"target.path={path!r} has no chat template; add a chat_template.jinja or choose a chat model")
+    if not tokenizer.is_fast:
+        raise ValueError(f"target.path={path!r} has a tokenizer without character offsets; add its tokenizer.json")
+    if image_processor is not None:
+        _set_pixels(image_processor, min_pixels, max_pixels)
+        if not hasattr(sys.modules[type(image_processor).__module__], "smart_resize"):
+            raise ValueError(
+                f"target.path={path!r} has the image processor {type(image_processor).__name__}, "
+                "whose resize rule is not known; use a Qwen2.5-VL, Qwen3-VL or Qwen3.5 target"
+            )
+    return Processor(
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        chat_template=template,
+        eos_token_ids=frozenset(eos_token_ids),
+        image_token_id=getattr(loaded, "image_token_id", None),
+        video_token_id=getattr(loaded, "video_token_id", None),
+        vision_start_token_id=getattr(loaded, "vision_start_token_id", None)
+        or _token_id(tokenizer, "<|vision_start|>"),  # Qwen2.5-VL's processor does not carry it
+        stand_in=stand_in,
+    )
+
+
+def _set_pixels(image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
+    size = image_processor.size
+    low = size["shortest_edge"] if min_pixels is None else min_pixels
+    high = size["longest_edge"] if max_pixels is None else max_pixels
+    if not 0 < low <= high:
+        raise ValueError(
+            f"data.min_pixels={low} is not between 1 and data.max_pixels={high}; lower it or raise the other"
+        )
+    image_processor.size = type(size)(shortest_edge=low, longest_edge=high)
+
+
+def _eos_token_ids(transformers: Any, path: str, options: dict[str, Any]) -> set[int]:
+    """End-of-sequence ids of the generation config, and of the model config where there is none."""
+    try:
+        eos = transformers.GenerationConfig.from_pretrained(path, revision=options["revision"]).eos_token_id
+    except OSError:
+        config_path = Path(path) / "config.json"
+        config = json.loads(config_path.read_text()) if config_path.exists() else {}
+        eos = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+    return set() if eos is None else set(eos) if isinstance(eos, list) else {eos}
+
+
+def _token_id(tokenizer: Any, token: str) -> int | None:
+    return tokenizer.get_vocab().get(token)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

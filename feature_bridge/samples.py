@@ -1,0 +1,267 @@
+"""Conversation -> sample: the target's token ids, which of them are supervised, and where the pictures are.
+
+Supervised is what the target would generate: in every assistant turn the tokens that follow the generation prompt,
+through the end-of-turn token. Templates render a turn differently once it is history (Qwen3 drops its think stub), so
+the answers are located, not assumed: see `answer_starts`.
+
+Legend: T tokens of a sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt8
+
+from feature_bridge import conversations, media
+from feature_bridge.contracts import DataSpec
+from feature_bridge.media import Media, MediaError, SampleError
+from feature_bridge.processors import Processor
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One conversation as the target reads it.
+
+    `digest` covers tokens, mask and the pictures' bytes: equal digests mean equal features.
+    """
+
+    sample_id: str
+    tokens: Int32[
+        np.ndarray, " T"
+    ]  # the template's ids, every picture's placeholder repeated as often as it has tokens
+    loss_mask: UInt8[np.ndarray, " T"]
+    images: tuple[Media, ...]
+    image_grids: tuple[Grid, ...]  # patches (t, h, w) of each picture
+    image_spans: tuple[tuple[int, int], ...]  # each picture's placeholder tokens, [start, end)
+    digest: str
+    truncated: bool
+
+    @property
+    def num_supervised(self) -> int:
+        return int(self.loss_mask.sum(dtype=np.int64))
+
+    @property
+    def last_answer(self) -> tuple[int, int]:
+        """[start, end) of the last assistant turn's supervised tokens; tokens[:start] is the prompt it answers."""
+        supervised = np.flatnonzero(self.loss_mask)
+        gaps = np.flatnonzero(np.diff(supervised) > 1)
+        start = supervised[gaps[-1] + 1] if len(gaps) else supervised[0]
+        return int(start), int(supervised[-1]) + 1
+
+
+def make_sample(
+    record: Any, where: str, folder: Path, processor: Processor, data: DataSpec, *, decode: bool = True
+) -> Sample:
+    """Turns one record into a sample that fits.
+
+    Args:
+        where: names the record, "train.jsonl:17".
+        folder: what relative picture paths are relative to.
+        decode: decode every picture in full, so that a broken one is found now; False where that was done before.
+
+    Raises:
+        SampleError: the sample is left out, and why.
+    """
+    conversation = conversations.parse(record, where, folder)
+    tokens, loss_mask, placeholders = _tokenise(conversation.messages, processor)
+    _check_placeholders(tokens, placeholders, len(conversation.images), processor)
+
+    grids, content_digests = [], []
+    for image in conversation.images:
+        encoded = media.read(image)
+        grids.append(_grid(encoded, media.describe(image), processor, decode))
+        content_digests.append(hashlib.blake2b(encoded, digest_size=16).digest())
+    tokens, loss_mask, spans = _expand(tokens, loss_mask, placeholders, grids, processor)
+
+    end = _cut(tokens, spans, data, processor)
+    kept = sum(stop <= end for _, stop in spans)
+    sample = Sample(
+        sample_id=conversation.sample_id,
+        tokens=tokens[:end],
+        loss_mask=loss_mask[:end],
+        images=conversation.images[:kept],
+        image_grids=tuple(grids[:kept]),
+        image_spans=tuple(spans[:kept]),
+        digest=_digest(tokens[:end], loss_mask[:end], grids[:kept], content_digests[:kept]),
+        truncated=end < len(tokens),
+    )
+    if sample.num_supervised < data.min_supervised:
+        cut = f" of its first {end} tokens" if sample.truncated else ""
+        raise SampleError(
+            "too few supervised tokens",
+            f"{sample.num_supervised} supervised tokens{cut}, fewer than data.min_supervised={data.min_supervised}",
+        )
+    return sample
+
+
+def picture_files(record: Any, where: str, folder: Path) -> tuple[str, ...]:
+    """Paths of the picture files a record refers to; empty for a record that is broken."""
+    try:
+        images = conversations.parse(record, where, folder).images
+    except SampleError:
+        return ()
+    return tuple(image for image in images if isinstance(image, str) and not image.startswith("data:"))
+
+
+def render_inputs(
+    sample: Sample, processor: Processor
+) -> tuple[Float32[np.ndarray, "patches dim"] | None, tuple[Grid, ...]]:
+    """Decodes and preprocesses the sample's pictures.
+
+    Returns: pixel values of all patches in order, float32, and the patch grids; (None, ()) for a text sample.
+
+    Raises:
+        MediaError: a picture is gone or broken, or no longer has the sample's patches; names the sample.
+    """
+    if not sample.images:
+        return None, ()
+    try:
+        pictures = [media.decode(media.read(image), media.describe(image)) for image in sample.images]
+        inputs = processor.image_processor(images=pictures, return_tensors="np")
+    except (MediaError, ValueError) as error:
+        raise MediaError(f"sample {sample.sample_id}: {error}") from error
+    grids = tuple(tuple(int(patches) for patches in grid) for grid in inputs["image_grid_thw"])
+    if grids != sample.image_grids:
+        raise MediaError(f"sample {sample.sample_id}: pictures have patch grids {grids}, expected {sample.image_grids}")
+    return np.asarray(inputs["pixel_values"], np.float32), grids
+
+
+# --- the text and its supervised part ---------------------------------------------------------------------------------
+
+
+def answer_starts(messages: Sequence[dict[str, Any]], processor: Processor) -> tuple[str, list[int]]:
+    """The rendered conversation, and the character at which each assistant turn's generated text starts.
+
+    The conversation is rendered again with a mark in place of every answer, which no generation prompt contains. What
+    turn i generates starts where that text and render(messages[:i], add_generation_prompt) part: after the role header
+    and whatever of the prompt's think stub stands there. What lies between two answers is the same in the marked text
+    and the real one, which locates the starts in the latter.
+
+    Raises:
+        SampleError: the template refuses the conversation, or rewrites it so that the answers cannot be found.
+    """
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    marks = {index: f"\uf8ff{index}\uf8ff" for index in answers}
+    marked = [_marked(message, marks[index]) if index in marks else message for index, message in enumerate(messages)]
+    try:
+        text = processor.render(list(messages))
+        marked_text = processor.render(marked)
+        prompts = [processor.render(marked[:index], add_generation_prompt=True) for index in answers]
+    except (
+        Exception
+    ) as error:  # a template raises jinja2 errors of its own making, and TypeErrors on what it did not expect
+        raise SampleError("chat template", f"the chat template refuses the conversation: {error}") from error
+
+    starts, position, marked_position = [], 0, 0
+    for index, prompt in zip(answers, prompts, strict=True):
+        start = _common_prefix(prompt, marked_text)
+        mark_at = marked_text.find(marks[index])
+        between = marked_text[marked_position:start]  # from the end of the last answer to the start of this one
+        found = text.find(between, position) if starts else 0 if text.startswith(between) else -1
+        if not marked_position < start <= mark_at or found < 0:
+            raise SampleError(
+                "chat template", f"the chat template rewrites turn {index}, so its answer cannot be located"
+            )
+        position = found + len(between)
+        starts.append(position)
+        marked_position = mark_at + len(marks[index])
+    return text, starts
+
+
+def _common_prefix(a: str, b: str) -> int:
+    return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _marked(message: dict[str, Any], mark: str) -> dict[str, Any]:
+    """The message with marks for its texts: for its thought too, since templates render a turn with one otherwise."""
+    thought = f"\uf8ff{mark}"
+    if "</think>" in message["content"]:
+        return message | {"content": f"<think>\n{thought}\n</think>\n\n{mark}"}
+    return message | {"content": mark} | ({"reasoning_content": thought} if "reasoning_content" in message else {})
+
+
+def _tokenise(messages: Sequence[dict[str, Any]], processor: Processor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids [T] int32, loss mask [T] uint8, and the positions of the pictures' placeholders (one token each)."""
+    text, starts = answer_starts(messages, processor)
+    encoded = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = np.asarray(encoded["input_ids"], np.int32)
+    offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    is_eos = np.isin(tokens, list(processor.eos_token_ids))
+
+    loss_mask = np.zeros(len(tokens), np.uint8)
+    bounds = [*starts, len(text) + 1]
+    for start, next_start in itertools.pairwise(bounds):
+        # A token that begins in the prompt and ends in the answer is not one the target generates.
+        inside = (offsets[:, 0] >= start) & (offsets[:, 1] > start) & (offsets[:, 1] <= next_start)
+        ends = np.flatnonzero(inside & is_eos)
+        if len(ends) == 0:
+            raise SampleError("chat template", "no end-of-turn token of the target follows an assistant turn")
+        inside[ends[0] + 1 :] = False
+        loss_mask[inside] = 1
+    return tokens, loss_mask, np.flatnonzero(tokens == processor.image_token_id)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _check_placeholders(tokens: np.ndarray, placeholders: np.ndarray, num_images: int, processor: Processor) -> None:
+    if num_images and processor.image_processor is None:
+        raise SampleError(
+            "image placeholder count", f"image placeholder count: 0 (a text-only target), pictures: {num_images}"
+        )
+    if len(placeholders) != num_images:
+        raise SampleError(
+            "image placeholder count", f"image placeholder count: {len(placeholders)}, pictures given: {num_images}"
+        )
+    if processor.video_token_id is not None and np.any(tokens == processor.video_token_id):
+        raise SampleError("image placeholder count", "video placeholder in the text, but no video is given")
+
+
+def _grid(encoded: bytes, name: str, processor: Processor, decode: bool) -> Grid:
+    if decode:
+        width, height = media.decode(encoded, name).size
+    else:
+        height, width = media.size(encoded, name)
+    return processor.image_grid(height, width)
+
+
+def _expand(
+    tokens: np.ndarray, loss_mask: np.ndarray, placeholders: np.ndarray, grids: list[Grid], processor: Processor
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
+    """Repeats every placeholder as often as its picture has tokens; also returns their spans."""
+    repeats = np.ones(len(tokens), np.int64)
+    repeats[placeholders] = [processor.num_image_tokens(grid) for grid in grids]
+    ends = np.cumsum(repeats)
+    spans = [(int(ends[at] - repeats[at]), int(ends[at])) for at in placeholders]
+    return np.repeat(tokens, repeats), np.repeat(loss_mask, repeats), spans
+
+
+def _cut(tokens: np.ndarray, spans: list[tuple[int, int]], data: DataSpec, processor: Processor) -> int:
+    """How many tokens to keep: at most max_length, none of a picture that does not fit whole."""
+    if len(tokens) <= data.max_length:
+        return len(tokens)
+    if data.too_long == "drop":
+        raise SampleError("too long", f"{len(tokens)} tokens, more than data.max_length={data.max_length}")
+    for start, end in spans:
+        first = start - (
+            start > 0 and tokens[start - 1] == processor.vision_start_token_id
+        )  # its opening bracket goes too
+        if first < data.max_length < end:
+            return first
+    return data.max_length
+
+
+def _digest(tokens: np.ndarray, loss_mask: np.ndarray, grids: list[Grid], contents: list[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(np.int64([len(tokens), *(patches for grid in grids for patches in grid)]).tobytes())
+    digest.update(tokens.astype("<i4").tobytes() + loss_mask.tobytes() + b"".join(contents))
+    return digest.hexdigest()
