@@ -20,3 +20,10 @@ def install_before_sglang() -> tuple[str, ...]:
 
     found = (torchvision_ops.ensure(), triton_mock.ensure(), sgl_kernel.ensure())
     return tuple(description for description in found if description is not None)
+
+
+def use_in_sglang() -> None:
+    """What can be put in place only after SGLang has been imported."""
+    from feature_bridge.cpu_stand_ins import gdn_ops
+
+    gdn_ops.use_in_gated_norm()

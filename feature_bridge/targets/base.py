@@ -1,0 +1,208 @@
+"""What a frozen target is to the bridge: requests in, the hidden states of the captured layers out.
+
+Legend: N requests, T tokens of them all together, K captured layers, H the target's hidden size, V its vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor, nn
+
+from feature_bridge.contracts import TargetInfo
+
+Capture = Literal["layer_output", "next_layer_input"]
+
+
+class Grid(NamedTuple):
+    """Patches of one picture: temporal, vertical, horizontal."""
+
+    t: int
+    h: int
+    w: int
+
+    @property
+    def num_patches(self) -> int:
+        return self.t * self.h * self.w
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One sample for the target. `tokens` are the chat template's ids, with one placeholder token an image embedding."""
+
+    tokens: Int32[np.ndarray, " T"]
+    pixel_values: Float[Tensor, "patches patch_dim"] | None = None  # the pictures' patches, one after the other
+    image_grids: tuple[Grid, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Extended:
+    """Features of the requests' tokens, in the requests' order, layers concatenated in id order."""
+
+    features: Float[Tensor, "T K*H"]
+    hidden: Float[Tensor, "T H"] | None  # after the final norm; only when asked for
+
+
+class Target(Protocol):
+    """A frozen target in this process.
+
+    `layers` are its own decoder layers; the start-up probe hooks them. `max_tokens` is what one request may hold.
+    """
+
+    info: TargetInfo
+    layer_ids: tuple[int, ...]
+    config: Any  # the transformers config
+    layers: Sequence[nn.Module]
+    max_tokens: int
+
+    def extend(self, requests: Sequence[Request], *, last_hidden: bool = False) -> Extended:
+        """Hidden states of every token of every request.
+
+        Raises ValueError for a request that the target cannot take.
+        """
+
+    def logits(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
+        """The target's own head on states after the final norm."""
+
+
+# --- reading a config --------------------------------------------------------------------------------------------------
+
+
+def text_config(config: Any) -> Any:
+    """The language model's part: a VLM keeps it in `text_config`."""
+    return getattr(config, "text_config", None) or config
+
+
+def has_deepstack(config: Any) -> bool:
+    """Whether visual features are added between decoder layers, so that a layer's output is not the next one's input."""
+    return bool(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None))
+
+
+def placeholder_ids(config: Any) -> frozenset[int]:
+    """Token ids that stand for something other than text."""
+    names = ("image_token_id", "video_token_id", "audio_token_id", "vision_start_token_id", "vision_end_token_id")
+    return frozenset(i for i in (getattr(config, name, None) for name in names) if i is not None)
+
+
+def patch_dim(vision_config: Any) -> int:
+    """Numbers in one patch, a row of `pixel_values`."""
+    channels = getattr(vision_config, "in_channels", None) or getattr(vision_config, "in_chans", 3)
+    return channels * vision_config.temporal_patch_size * vision_config.patch_size**2
+
+
+# --- checks ------------------------------------------------------------------------------------------------------------
+
+
+def check_layer_ids(layer_ids: Sequence[int], num_layers: int) -> None:
+    """Raises ValueError unless ids are ascending and the output of each is the input of a later layer."""
+    if not layer_ids or list(layer_ids) != sorted(set(layer_ids)):
+        raise ValueError(
+            f"target.layer_ids={list(layer_ids)} must be ascending and distinct: targets capture in layer order, so list "
+            f"them that way"
+        )
+    if layer_ids[0] < 0 or layer_ids[-1] > num_layers - 2:
+        raise ValueError(
+            f"target.layer_ids={list(layer_ids)} must lie in [0, {num_layers - 2}]: the target has {num_layers} layers and "
+            f"its last layer's output cannot be captured"
+        )
+
+
+def image_spans(request: Request, config: Any) -> list[tuple[int, int]]:
+    """First and one-past-last token of each picture's placeholders, in order.
+
+    Raises:
+      ValueError: the placeholder tokens, the grids and the pixel values do not fit each other, or an id is no token.
+    """
+    tokens, vocab_size = request.tokens, text_config(config).vocab_size
+    if not len(tokens) or tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ValueError(f"a request needs tokens with ids in [0, {vocab_size}), and got {_extremes(tokens)}")
+    image_token = getattr(config, "image_token_id", None)
+    places = np.flatnonzero(tokens == image_token) if image_token is not None else np.empty(0, np.int64)
+    if not request.image_grids:
+        if len(places):
+            raise ValueError(f"{len(places)} image tokens without a picture")
+        return []
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        raise ValueError(f"the target ({config.model_type}) takes no pictures, and the request has some")
+    counts = [grid.num_patches // vision.spatial_merge_size**2 for grid in map(Grid._make, request.image_grids)]
+    if sum(counts) != len(places):
+        raise ValueError(f"{len(places)} image tokens, but grids {request.image_grids} make {sum(counts)}")
+    want = (sum(grid.num_patches for grid in map(Grid._make, request.image_grids)), patch_dim(vision))
+    if request.pixel_values is None or tuple(request.pixel_values.shape) != want:
+        got = None if request.pixel_values is None else tuple(request.pixel_values.shape)
+        raise ValueError(f"pixel_values of shape {got}, but grids {request.image_grids} make {want}")
+    ends = np.cumsum(counts)
+    spans = [(int(places[end - count]), int(places[end - 1]) + 1) for count, end in zip(counts, ends, strict=True)]
+    if any(end - start != count for (start, end), count in zip(spans, counts, strict=True)):
+        raise ValueError("the image tokens of a picture are not next to each other")
+    return spans
+
+
+def _extremes(tokens: np.ndarray) -> str:
+    return f"{tokens.min()} to {tokens.max()}" if len(tokens) else "none"
+
+
+# --- capturing from the layers themselves ------------------------------------------------------------------------------
+
+
+class LayerStates:
+    """Forward hooks on decoder layers that keep what a layer gives (or the next one gets) while the object is entered.
+
+    A state is hidden + residual where a layer hands the two on separately, as SGLang's do. `states[l]` is the list of
+    the calls' states, each [tokens, H], copied: later code may add to a layer's output in place.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], ids: Iterable[int], capture: Capture):
+        self.states: dict[int, list[Tensor]] = {l: [] for l in ids}
+        self._layers, self._capture = layers, capture
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> LayerStates:
+        for l in self.states:
+            if self._capture == "layer_output":
+                handle = self._layers[l].register_forward_hook(self._on_output(l))
+            else:
+                handle = self._layers[l + 1].register_forward_pre_hook(self._on_input(l), with_kwargs=True)
+            self._handles.append(handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _on_output(self, l: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            hidden, residual = (*output, None)[:2] if isinstance(output, tuple) else (output, None)
+            self._keep(l, hidden, residual)
+
+        return hook
+
+    def _on_input(self, l: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = _by_name(module, args, kwargs)
+            self._keep(l, given["hidden_states"], given.get("residual"))
+
+        return hook
+
+    def _keep(self, l: int, hidden: Tensor, residual: Any) -> None:
+        state = hidden + residual if isinstance(residual, Tensor) else hidden.clone()
+        self.states[l].append(state.detach().reshape(-1, state.shape[-1]))
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = module.forward.__code__.co_varnames[1 : module.forward.__code__.co_argcount]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def split_lengths(requests: Sequence[Request]) -> list[int]:
+    return [len(request.tokens) for request in requests]
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

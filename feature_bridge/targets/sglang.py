@@ -1,0 +1,228 @@
+"""The target inside SGLang: its own ModelRunner in this process, one ragged extend over a whole row.
+
+    tokens, pictures --> Req per sample --> ScheduleBatch, ForwardBatch --> runner.forward --> captured layers
+                                                                                 (pre-hook on the logits processor)
+
+What differs between releases is in `sglang_versions`. Pictures go in as one item each, hashed by pixels and grid, so that
+SGLang's cache of image embeddings can be kept from row to row and never gives one picture's embedding to another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from feature_bridge.contracts import TargetInfo, TargetSpec
+from feature_bridge.targets import sglang_versions as versions
+from feature_bridge.targets.base import Extended, Grid, Request, has_deepstack, image_spans, join, text_config
+
+MAX_REQUESTS = 32  # of one extend; a row of more samples takes several. State memory of linear attention grows with it
+EMBEDDING_CACHE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+
+
+class SGLangTarget:
+    """See `base.Target`. One per process: SGLang keeps its parallel state and settings in globals."""
+
+    def __init__(self, spec: TargetSpec, directory: Path, *, max_tokens: int, pool_tokens: int):
+        """Load the model. `max_tokens` of one request and `pool_tokens` of one extend size the key-value pool."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        versions.set_environment(device)
+        stand_ins: tuple[str, ...] = ()
+        if device == "cpu":
+            from feature_bridge import cpu_stand_ins
+
+            stand_ins = cpu_stand_ins.install_before_sglang()
+        version = versions.installed_version()
+        assert version is not None
+        release = versions.release_of(version)
+
+        wanted = _server_args(spec, directory, device, pool_tokens)
+        self._runner = versions.start_runner(versions.server_args(wanted, spec.sglang_args))
+        if stand_ins:
+            cpu_stand_ins.use_in_sglang()
+        versions.start_embedding_cache(EMBEDDING_CACHE_BYTES[device])
+        self._tree_cache = versions.allocation_without_reuse(self._runner)
+        self._model = self._runner.model.eval()
+        self.config = self._runner.model_config.hf_config
+        self.layer_ids = spec.layer_ids
+        self.max_tokens = max_tokens
+        self._pool_tokens = pool_tokens
+        text = text_config(self.config)
+        self.setter = versions.capture_layers(self._model, self.config.model_type, spec.layer_ids)
+        self.info = TargetInfo(
+            path=str(directory),
+            backend=f"sglang {version} ({device})",
+            num_layers=text.num_hidden_layers,
+            hidden_size=text.hidden_size,
+            vocab_size=text.vocab_size,
+            capture=release.deepstack_capture if has_deepstack(self.config) else "layer_output",
+            stand_ins=stand_ins,
+        )
+        if getattr(self.config, "vision_config", None) is not None:
+            self._model.get_image_feature = _one_by_one(self._model.get_image_feature)
+        self._seen: dict[str, Any] = {}
+        for module in self._model.modules():
+            if type(module).__name__ == "LogitsProcessor":
+                module.register_forward_pre_hook(self._keep_states, with_kwargs=True)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        inner = self._model if hasattr(self._model, "layers") else self._model.model
+        return inner.layers
+
+    @torch.no_grad()
+    def extend(self, requests: Sequence[Request], *, last_hidden: bool = False) -> Extended:
+        """See `base.Target.extend`. More requests or tokens than the pools hold take several extends."""
+        outputs = [self._extend(group, last_hidden) for group in _groups(requests, self._pool_tokens)]
+        hidden = join([output.hidden for output in outputs if output.hidden is not None]) if last_hidden else None
+        return Extended(join([output.features for output in outputs]), hidden)
+
+    def logits(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
+        head = self._model.lm_head.weight[: self.info.vocab_size]  # SGLang pads the vocabulary
+        return nn.functional.linear(hidden.to(head.dtype), head)
+
+    def _extend(self, requests: Sequence[Request], last_hidden: bool) -> Extended:
+        reqs = [self._req(i, request) for i, request in enumerate(requests)]
+        try:
+            self._runner.forward(versions.forward_batch(reqs, self._runner, self._tree_cache))
+            captured = self._seen.pop("aux_hidden_states")
+            hidden = self._seen.pop("hidden_states")
+        finally:
+            self._seen.clear()
+            self._runner.req_to_token_pool.clear()
+            self._runner.token_to_kv_pool_allocator.clear()
+        features = captured if isinstance(captured, Tensor) else torch.cat(list(captured), dim=-1)
+        return Extended(features, hidden.clone() if last_hidden else None)
+
+    def _keep_states(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The logits processor is given the states of all tokens: captured ones, and the last after its norm."""
+        names = ("input_ids", "hidden_states", "lm_head", "logits_metadata", "aux_hidden_states")
+        self._seen.update(dict(zip(names, args, strict=False)) | kwargs)
+
+    def _req(self, number: int, request: Request) -> Any:
+        from sglang.srt.managers.schedule_batch import Req
+        from sglang.srt.sampling.sampling_params import SamplingParams
+
+        spans = image_spans(request, self.config)
+        if len(request.tokens) > self.max_tokens:
+            raise ValueError(
+                f"a request of {len(request.tokens)} tokens, but the target was started for {self.max_tokens}"
+            )
+        ids, pictures = request.tokens.tolist(), None
+        if spans:
+            ids, pictures = self._pictures(request, spans)
+        req = Req(
+            rid=str(number),
+            origin_input_text="",
+            origin_input_ids=array("q", ids),
+            sampling_params=SamplingParams(temperature=0, max_new_tokens=1),
+        )
+        req.logprob_start_len = -1  # no log-probabilities of the prompt
+        req.multimodal_inputs = pictures
+        versions.prefill_whole(req)
+        return req
+
+    def _pictures(self, request: Request, spans: list[tuple[int, int]]) -> tuple[list[int], Any]:
+        """SGLang's ids, with each picture's placeholders replaced by its pad value, and its multimodal inputs."""
+        from sglang.srt.layers.rotary_embedding import MRotaryEmbedding
+        from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
+
+        config, vision = self.config, self.config.vision_config
+        positions, delta = MRotaryEmbedding.get_rope_index(
+            spatial_merge_size=vision.spatial_merge_size,
+            image_token_id=config.image_token_id,
+            video_token_id=config.video_token_id,
+            vision_start_token_id=config.vision_start_token_id,
+            model_type=config.model_type,
+            input_ids=torch.from_numpy(request.tokens).long()[None],
+            image_grid_thw=torch.tensor(request.image_grids),
+            tokens_per_second=getattr(vision, "tokens_per_second", None),
+        )
+        ids, items = request.tokens.tolist(), []
+        assert request.pixel_values is not None
+        patches = request.pixel_values.split([grid.num_patches for grid in map(Grid._make, request.image_grids)])
+        for pixels, grid, (start, end) in zip(patches, request.image_grids, spans, strict=True):
+            item = MultimodalDataItem(modality=Modality.IMAGE, feature=pixels, offsets=[(start, end - 1)])
+            item.set("image_grid_thw", torch.tensor([grid]))
+            item.hash = content_hash(pixels, grid)
+            item.set_pad_value()
+            ids[start:end] = [item.pad_value] * (end - start)
+            items.append(item)
+        return ids, MultimodalInputs(
+            mm_items=items,
+            im_token_id=config.image_token_id,
+            im_start_id=config.vision_start_token_id,
+            im_end_id=config.vision_end_token_id,
+            mrope_positions=positions.squeeze(1),
+            mrope_position_delta=delta,
+        )
+
+
+def content_hash(pixels: Float[Tensor, "patches patch_dim"], grid: Sequence[int]) -> int:
+    """64 bits of a picture's pixels *and grid*.
+
+    SGLang hashes pixels alone: a plain-coloured picture of 4 x 6 patches would then share the embedding of one of 6 x 4.
+    """
+    digest = hashlib.blake2b(repr(tuple(grid)).encode(), digest_size=8)
+    digest.update(pixels.contiguous().cpu().view(torch.uint8).numpy())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _one_by_one(get_image_feature: Any) -> Any:
+    """Run the vision tower once per picture.
+
+    Run over several, a picture's embedding depends in its last bits on which others are with it, so a row's features
+    would depend on what the cache of embeddings holds: a run that was resumed would differ from one that was not.
+    """
+
+    def one_by_one(items: list[Any]) -> Tensor:
+        return join([get_image_feature([item]) for item in items])
+
+    return one_by_one
+
+
+def _groups(requests: Sequence[Request], pool_tokens: int) -> list[list[Request]]:
+    groups: list[list[Request]] = []
+    tokens = 0
+    for request in requests:
+        tokens += len(request.tokens)
+        if not groups or tokens > pool_tokens or len(groups[-1]) == MAX_REQUESTS:
+            groups.append([])
+            tokens = len(request.tokens)
+        groups[-1].append(request)
+    return groups
+
+
+def _server_args(spec: TargetSpec, directory: Path, device: str, pool_tokens: int) -> dict[str, Any]:
+    """Prefill only: no decoding, no graphs, no reuse of prefixes, pools for one extend."""
+    common = {
+        "model_path": str(directory),
+        "device": device,
+        "dtype": spec.dtype,
+        "trust_remote_code": spec.trust_remote_code,
+        "skip_tokenizer_init": True,
+        "disable_cuda_graph": True,
+        "disable_radix_cache": True,
+        "disable_overlap_schedule": True,
+        "chunked_prefill_size": -1,
+        "max_total_tokens": pool_tokens,
+        "max_running_requests": MAX_REQUESTS,
+        "mem_fraction_static": 0.5,
+        "tp_size": 1,
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+    }
+    if device == "cpu":
+        return common | {"attention_backend": "torch_native"}
+    return common | {
+        "attention_backend": "triton",
+        "mm_attention_backend": "triton_attn",
+        "disable_custom_all_reduce": True,
+    }

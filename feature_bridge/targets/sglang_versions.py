@@ -1,0 +1,226 @@
+"""Everything that differs between SGLang's releases: one table, and functions that look at signatures.
+
+Written against, and run with, the releases of `RELEASES`. Another release is warned about and tried: the start-up probe
+then decides. Nothing here imports sglang before it is asked to, so that `set_environment` and the CPU stand-ins come first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from feature_bridge.targets.base import Capture
+
+
+@dataclass(frozen=True)
+class Release:
+    """What the code cannot see by looking at a release."""
+
+    deepstack_capture: Capture  # what a captured state means where deepstack adds to the hidden states between layers
+
+
+BEFORE_DEEPSTACK = Release(deepstack_capture="layer_output")
+AFTER_DEEPSTACK = Release(deepstack_capture="next_layer_input")
+RELEASES = {
+    "0.5.14": BEFORE_DEEPSTACK,
+    "0.5.15": BEFORE_DEEPSTACK,
+    "0.5.16": BEFORE_DEEPSTACK,
+    "0.5.18": BEFORE_DEEPSTACK,
+    "0.5.20": AFTER_DEEPSTACK,
+    "0.5.23": AFTER_DEEPSTACK,
+}
+
+# Which of a model's two setters captures. The dflash setter of Qwen3-VL calls one that its inner model lacks; the eagle3
+# setter of Qwen3.5 sets what its layers do not read (0.5.20). Families not named here: dflash, else eagle3.
+DFLASH_SETTER, EAGLE3_SETTER = "set_dflash_layers_to_capture", "set_eagle3_layers_to_capture"
+SETTERS = {"qwen3_vl": EAGLE3_SETTER, "qwen3_vl_moe": EAGLE3_SETTER, "qwen2_5_vl": EAGLE3_SETTER}
+
+
+def installed_version() -> str | None:
+    """SGLang's version, or None where it is not installed."""
+    if importlib.util.find_spec("sglang") is None:
+        return None
+    return importlib.metadata.version("sglang")
+
+
+def release_of(version: str) -> Release:
+    """The table's entry. An unknown version is warned about and taken for the newest known."""
+    base = version.split("+")[0].split(".post")[0]
+    if base in RELEASES:
+        return RELEASES[base]
+    warnings.warn(
+        f"SGLang {version} is not one of the versions this was run with ({', '.join(RELEASES)}); the probe batch at start "
+        f"decides whether its features can be used",
+        stacklevel=2,
+    )
+    return AFTER_DEEPSTACK
+
+
+def set_environment(device: str) -> None:
+    """Environment variables that SGLang and torch read when they are imported. What the user has set stays."""
+    if device == "cpu":
+        os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    # A picture must be hashed by its content, or two of them could share an embedding.
+    os.environ["SGLANG_MM_SKIP_COMPUTE_HASH"] = "0"
+
+
+# --- starting ----------------------------------------------------------------------------------------------------------
+
+
+def server_args(wanted: dict[str, Any], extra: dict[str, Any]) -> Any:
+    """SGLang's ServerArgs; `extra` are the user's and win. Raises ValueError for a name that this release lacks."""
+    from sglang.srt.server_args import ServerArgs
+
+    known = set(inspect.signature(ServerArgs).parameters)
+    unknown = sorted(set(extra) - known)
+    if unknown:
+        raise ValueError(
+            f"bridge.sglang_args has {', '.join(unknown)}, which SGLang {installed_version()} does not know; "
+            f"remove it or correct its spelling"
+        )
+    return ServerArgs(**{name: value for name, value in wanted.items() if name in known} | extra)
+
+
+def start_runner(args: Any) -> Any:
+    """A ModelRunner with its memory pools and attention back end, alone in its world (tensor parallel size 1)."""
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.server_args import PortArgs
+
+    _publish(args)
+    model_config = ModelConfig.from_server_args(args)
+    port = PortArgs.init_new(args).nccl_port
+    parameters = inspect.signature(ModelRunner.__init__).parameters
+    ranks: dict[str, Any] = {}
+    if "ps" in parameters:  # 0.5.16 to 0.5.20
+        ranks["ps"] = _single_process()
+    elif "tp_rank" in parameters:  # up to 0.5.15
+        ranks = {f"{group}_{what}": n for group in ("tp", "moe_ep", "pp") for what, n in (("rank", 0), ("size", 1))}
+    else:  # 0.5.23: the process groups are made before the runner
+        from sglang.srt.distributed import bootstrap
+
+        bootstrap.init_parallel_runtime(server_args=args, device=args.device, dist_port=port)
+        bootstrap.init_layer_runtime(model_config=model_config)
+    runner = ModelRunner(
+        model_config=model_config,
+        mem_fraction_static=args.mem_fraction_static,
+        gpu_id=0,
+        nccl_port=port,
+        server_args=args,
+        **ranks,
+    )
+    for step in ("alloc_memory_pool", "init_attention_backends", "init_cuda_graphs"):
+        if hasattr(runner, step):  # otherwise the constructor has done it
+            getattr(runner, step)()
+    return runner
+
+
+def _publish(args: Any) -> None:
+    """From 0.5.18 on, modules read their settings from a context that has to be published first."""
+    try:
+        from sglang.srt import runtime_context
+    except ImportError:
+        return
+    if "ranks" in inspect.signature(runtime_context.publish).parameters:
+        ranks = runtime_context.SpawnRanks(world_rank=0, gpu_id=0)
+        runtime_context.publish(args, role="scheduler", ranks=ranks)
+    else:
+        runtime_context.publish(args, role="scheduler")
+
+
+def _single_process() -> Any:
+    from sglang.srt.distributed.parallel_state_wrapper import ParallelState
+
+    if hasattr(ParallelState, "trivial"):
+        return ParallelState.trivial()
+    names = [field.name for field in dataclasses.fields(ParallelState)]
+    return ParallelState(**{name: 0 if name.endswith("rank") or name == "gpu_id" else 1 for name in names})
+
+
+def start_embedding_cache(num_bytes: int) -> None:
+    """The cache of image embeddings, keyed by content, which lives as long as the process."""
+    from sglang.srt.managers import mm_utils
+
+    mm_utils.init_mm_embedding_cache(num_bytes)
+
+
+def capture_layers(model: Any, model_type: str, layer_ids: Sequence[int]) -> str:
+    """Ask `model` to keep the outputs of these layers. Returns the setter's name.
+
+    The setters of entry classes take a layer's id and add 1 themselves, since SGLang captures before a layer; those of
+    inner models (which hold `layers` themselves) take the id of the next layer.
+
+    Raises ValueError for a model that has no setter.
+    """
+    wanted = SETTERS.get(model_type)
+    names = (wanted,) if wanted else (DFLASH_SETTER, EAGLE3_SETTER)
+    for name in names:
+        setter = getattr(model, name, None)
+        if setter is not None:
+            is_inner = hasattr(model, "layers")
+            setter([l + 1 for l in layer_ids] if is_inner else list(layer_ids))
+            return name
+    raise ValueError(
+        f"SGLang {installed_version()} cannot capture hidden states of {type(model).__name__} (no {' or '.join(names)}); "
+        f"use target.backend='huggingface' or another SGLang version"
+    )
+
+
+# --- one extend --------------------------------------------------------------------------------------------------------
+
+
+def prefill_whole(req: Any) -> None:
+    """Tell a Req that its whole prompt is to be prefilled at once."""
+    length = len(req.origin_input_ids)
+    req.full_untruncated_fill_ids = req.origin_input_ids
+    if hasattr(req, "set_extend_range"):  # 0.5.16 to 0.5.20
+        req.set_extend_range(0, length)
+    elif hasattr(req, "fill_len"):  # up to 0.5.15
+        req.fill_len = req.extend_input_len = length
+    else:  # 0.5.23
+        req.extend_end = length
+
+
+def allocation_without_reuse(runner: Any) -> Any:
+    """The stand-in for the prefix cache from SGLang's own in-process benchmark: it allocates and remembers nothing."""
+    try:
+        from sglang.benchmark.one_batch import TreeCacheNamespace
+    except ImportError:  # up to 0.5.16
+        from sglang.bench_one_batch import TreeCacheNamespace
+    return TreeCacheNamespace(
+        page_size=runner.server_args.page_size or 1,
+        device=runner.device,
+        token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
+    )
+
+
+def forward_batch(reqs: Sequence[Any], runner: Any, tree_cache: Any) -> Any:
+    """One ragged extend over the requests, ready for `runner.forward`."""
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+    batch = ScheduleBatch.init_new(
+        reqs=list(reqs),
+        req_to_token_pool=runner.req_to_token_pool,
+        token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
+        tree_cache=tree_cache,
+        model_config=runner.model_config,
+        enable_overlap=False,
+        spec_algorithm=SpeculativeAlgorithm.NONE,
+    )
+    batch.prepare_for_extend()
+    waiting = getattr(batch, "prefill_input_ids_cpu", None)
+    if batch.input_ids is None and waiting is not None:  # the scheduler would move them
+        batch.input_ids, batch.prefill_input_ids_cpu = waiting.to(batch.device), None
+    optional = {"return_hidden_states_before_norm": False}
+    known = inspect.signature(ForwardBatch.init_new).parameters
+    return ForwardBatch.init_new(batch, runner, **{name: value for name, value in optional.items() if name in known})
