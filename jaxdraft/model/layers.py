@@ -1,0 +1,162 @@
+"""Layers of the DFlash draft: RMSNorm, rotary positions, block attention with GQA, SwiGLU.
+
+Dim suffixes: r rows, s context tokens, n blocks, b slots of a block, h model width, q query heads, k key/value heads,
+d head_dim, m MLP width. A parameter is a plain array with logical axis names as metadata (`axes`); `jaxdraft.sharding`
+maps those names to mesh axes. Parameters are float32 masters; every use casts to the compute dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxdraft.ops.block_attention import block_attention
+
+
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], stddev: float, dtype) -> nnx.Param:
+    """A normally initialised parameter that carries its logical axis names."""
+    assert len(shape) == len(axes)
+    return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
+
+
+def norm_scale(dim: int, dtype) -> nnx.Param:
+    """An RMSNorm weight, all ones, replicated."""
+    return nnx.Param(jnp.ones((dim,), dtype), axes=(None,))
+
+
+def rms_norm(x: Float[Array, "*batch h"], weight: Float[Array, " h"], eps: float) -> Float[Array, "*batch h"]:
+    """Qwen3's RMSNorm: statistics in float32, cast to the input dtype, and only then the multiply by the weight."""
+    x_32 = x.astype(jnp.float32)
+    x_32 = x_32 * jax.lax.rsqrt(jnp.mean(jnp.square(x_32), axis=-1, keepdims=True) + eps)
+    return x_32.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def rope_table(
+    positions: Int[Array, "*batch"], head_dim: int, theta: float
+) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
+    """(cos, sin) in float32 of plain 1-D rotary positions, over the whole head_dim (`rotate_half` layout)."""
+    frequency_d = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions.astype(jnp.float32)[..., None] * frequency_d
+    angle = jnp.concatenate([angle, angle], axis=-1)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(x: Float[Array, "*batch heads d"], table: tuple[Array, Array]) -> Float[Array, "*batch heads d"]:
+    """Rotates every head of x by its position; computed in float32, returned in x's dtype."""
+    cos, sin = (t[..., None, :] for t in table)
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([-high, low], axis=-1)
+    return (x * cos + rotated * sin).astype(x.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockGeometry:
+    """What attention must know about the blocks, computed once and shared by all layers.
+
+    Attributes:
+      context_rope: (cos, sin) of the context tokens, each [r, s, d] float32.
+      block_rope: (cos, sin) of the block slots, each [r, n, b, d] float32.
+      start: first visible context index of a block in a full layer, [r, n] int32.
+      sliding_start: the same for each slot in a sliding layer, [r, n, b] int32; None without such layers.
+      end: one past the last visible context index (the anchor), [r, n] int32.
+      valid: whether the block exists, [r, n] bool.
+    """
+
+    context_rope: tuple[Array, Array]
+    block_rope: tuple[Array, Array]
+    start: Int[Array, "r n"]
+    sliding_start: Int[Array, "r n b"] | None
+    end: Int[Array, "r n"]
+    valid: Bool[Array, "r n"]
+
+
+class Attention(nnx.Module):
+    """Block attention: queries from the block, keys and values from the target context and the block itself.
+
+    The context enters K and V without `input_layernorm`; q_norm and k_norm act per head before the rotation.
+    """
+
+    def __init__(self, config, *, sliding: bool, rngs: nnx.Rngs, dtype, param_dtype):
+        h, q, k, d = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        std = config.initializer_range
+        self.q_proj = parameter(rngs, (h, q, d), ("embed", "heads", None), std, param_dtype)
+        self.k_proj = parameter(rngs, (h, k, d), ("embed", "kv_heads", None), std, param_dtype)
+        self.v_proj = parameter(rngs, (h, k, d), ("embed", "kv_heads", None), std, param_dtype)
+        self.o_proj = parameter(rngs, (q, d, h), ("heads", None, "embed"), std, param_dtype)
+        self.q_norm = norm_scale(d, param_dtype)
+        self.k_norm = norm_scale(d, param_dtype)
+        self.eps, self.dtype, self.sliding = config.rms_norm_eps, dtype, sliding
+        self.causal = sliding if config.is_causal is None else config.is_causal
+
+    def __call__(
+        self,
+        x_rnbh: Float[Array, "r n b h"],
+        c_rsh: Float[Array, "r s h"],
+        geometry: BlockGeometry,
+        implementation: str,
+    ) -> Float[Array, "r n b h"]:
+        wq, wk, wv, wo = (w[...].astype(self.dtype) for w in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
+        q_rnbqd = jnp.einsum("rnbh,hqd->rnbqd", x_rnbh, wq)
+        k_rnbkd, v_rnbkd = (jnp.einsum("rnbh,hkd->rnbkd", x_rnbh, w) for w in (wk, wv))
+        k_rskd, v_rskd = (jnp.einsum("rsh,hkd->rskd", c_rsh, w) for w in (wk, wv))
+
+        q_rnbqd = apply_rope(rms_norm(q_rnbqd, self.q_norm[...], self.eps), geometry.block_rope)
+        k_rnbkd = apply_rope(rms_norm(k_rnbkd, self.k_norm[...], self.eps), geometry.block_rope)
+        k_rskd = apply_rope(rms_norm(k_rskd, self.k_norm[...], self.eps), geometry.context_rope)
+
+        out_rnbqd = block_attention(
+            q_rnbqd,
+            k_rskd,
+            v_rskd,
+            k_rnbkd,
+            v_rnbkd,
+            geometry.sliding_start if self.sliding else geometry.start,
+            geometry.end,
+            geometry.valid,
+            causal=self.causal,
+            scale=q_rnbqd.shape[-1] ** -0.5,
+            implementation=implementation,
+        )
+        return jnp.einsum("rnbqd,qdh->rnbh", out_rnbqd, wo)
+
+
+class Mlp(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config, *, rngs: nnx.Rngs, dtype, param_dtype):
+        h, m, std = config.hidden_size, config.intermediate_size, config.initializer_range
+        self.gate_proj = parameter(rngs, (h, m), ("embed", "mlp"), std, param_dtype)
+        self.up_proj = parameter(rngs, (h, m), ("embed", "mlp"), std, param_dtype)
+        self.down_proj = parameter(rngs, (m, h), ("mlp", "embed"), std, param_dtype)
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*batch h"]) -> Float[Array, "*batch h"]:
+        gate, up, down = (w[...].astype(self.dtype) for w in (self.gate_proj, self.up_proj, self.down_proj))
+        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm decoder layer of the draft; only the block stream is normalised and updated."""
+
+    def __init__(self, config, *, sliding: bool, rngs: nnx.Rngs, dtype, param_dtype):
+        self.self_attn = Attention(config, sliding=sliding, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.mlp = Mlp(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.input_layernorm = norm_scale(config.hidden_size, param_dtype)
+        self.post_attention_layernorm = norm_scale(config.hidden_size, param_dtype)
+        self.eps = config.rms_norm_eps
+
+    def __call__(
+        self,
+        x_rnbh: Float[Array, "r n b h"],
+        c_rsh: Float[Array, "r s h"],
+        geometry: BlockGeometry,
+        implementation: str,
+    ) -> Float[Array, "r n b h"]:
+        normed = rms_norm(x_rnbh, self.input_layernorm[...], self.eps)
+        x_rnbh = x_rnbh + self.self_attn(normed, c_rsh, geometry, implementation)
+        return x_rnbh + self.mlp(rms_norm(x_rnbh, self.post_attention_layernorm[...], self.eps))
