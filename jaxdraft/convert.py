@@ -1,0 +1,106 @@
+"""Reading drafts: an exported directory, or a published one, as the weights that a training starts from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from jaxdraft.export import check_tensors
+from jaxdraft.model.dflash import DraftConfig
+
+# Parts of other draft families that this model has not; a config that switches one on is refused by its name.
+FOREIGN_FIELDS = ("projector_type", "pure_draft_prefix_len", "shift_label", "selector_rank", "conv_kernel_size")
+
+
+def load_draft(directory: str | Path) -> tuple[dict[str, np.ndarray], DraftConfig]:
+    """Tensors by exported name, in their stored dtype, and the shape of a draft on disk.
+
+    Raises:
+      ValueError: no such draft, a config this model does not compute, or tensors that are not exactly the draft's.
+    """
+    directory = Path(directory)
+    config = read_draft_config(directory)
+    tensors: dict[str, np.ndarray] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="flax") as stored:  # numpy's own reader knows no bfloat16
+            tensors |= {name.removeprefix("model."): np.asarray(stored.get_tensor(name)) for name in stored.keys()}  # noqa: SIM118
+    if not tensors:
+        raise ValueError(f"draft {directory} has no .safetensors file; give an exported draft's directory")
+    try:
+        check_tensors(tensors, config, "float32")
+    except ValueError as error:
+        raise ValueError(f"draft {directory}: {error}") from error
+    return tensors, config
+
+
+def read_draft_config(directory: str | Path) -> DraftConfig:
+    """The shape of a draft from its config.json, z-lab's old and new forms.
+
+    Raises:
+      ValueError: no config.json, or a field that this model does not compute.
+    """
+    file = Path(directory) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"draft {directory} has no config.json; give an exported draft's directory")
+    try:
+        return parse_draft_config(json.loads(file.read_text()))
+    except KeyError as error:
+        raise ValueError(f"{file} has no field {error}; give a DFlash draft's config") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def parse_draft_config(config: Mapping[str, Any]) -> DraftConfig:
+    """DraftConfig of a config.json's fields. Raises ValueError or KeyError as `read_draft_config` says."""
+    nested = config.get("dflash_config") or {}
+
+    def either(name: str, default: Any = None) -> Any:
+        """Newer configs keep this in `dflash_config`, older ones at the top."""
+        return nested.get(name, config.get(name, default))
+
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    unsupported = {
+        "architectures": (config.get("architectures", ["DFlashDraftModel"]), ["DFlashDraftModel"]),
+        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+        "attention_bias": (config.get("attention_bias") or False, False),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        **{name: (either(name) or None, None) for name in FOREIGN_FIELDS},
+    }
+    for name, (found, computed) in unsupported.items():
+        if found != computed:
+            raise ValueError(f"{name}={found!r} is not supported, only {computed!r}; start from another draft")
+
+    num_layers = config["num_hidden_layers"]
+    layer_types = tuple(config.get("layer_types") or ["full_attention"] * num_layers)
+    mask_token_id, layer_ids = either("mask_token_id"), either("target_layer_ids")
+    for name, value in (("mask_token_id", mask_token_id), ("target_layer_ids", layer_ids)):
+        if value is None:
+            raise ValueError(f"{name} is missing; a DFlash draft's config names it in dflash_config")
+    scalars = {name: either(name) for name in ("input_embedding_scale", "output_multiplier")}
+    scalars["final_logit_softcapping"] = either("final_logit_softcapping") or None  # 0 means none, as to z-lab
+    return DraftConfig(
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_layers=num_layers,
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config["num_key_value_heads"],
+        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        vocab_size=config["vocab_size"],
+        block_size=int(either("block_size", 16)),
+        target_layer_ids=tuple(layer_ids),
+        num_target_layers=config["num_target_layers"],
+        mask_token_id=int(mask_token_id),
+        rms_norm_eps=config["rms_norm_eps"],
+        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+        layer_types=layer_types,
+        sliding_window=config.get("sliding_window") if "sliding_attention" in layer_types else None,
+        is_causal=either("is_causal"),
+        **{name: None if value is None else float(value) for name, value in scalars.items()},
+        initializer_range=config.get("initializer_range", 0.02),
+        max_position_embeddings=config.get("max_position_embeddings", 40960),
+    )

@@ -1,0 +1,273 @@
+"""A trained draft as public software loads it: `python -m jaxdraft.export --checkpoint RUN --output DIR`.
+
+The directory holds `model.safetensors` and `config.json` in the form that z-lab, SpecForge, SGLang and vLLM read, and
+`export.json`: where it came from, and hashes. Engines load what they find and say nothing of what is missing, and a
+draft with a wrong tensor only accepts less, so everything is checked here, before the directory gets its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import msgspec
+import numpy as np
+import tyro
+from safetensors.numpy import save_file
+
+from jaxdraft.checkpoint import Checkpoints, load_params
+from jaxdraft.model.dflash import DraftConfig
+from jaxdraft.model.tensors import tensor_table, to_tensors
+
+Tensors = Mapping[str, np.ndarray]
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+EXPORT_FORMAT = 1
+
+
+def export_draft(
+    tensors: Tensors,
+    config: DraftConfig,
+    target: Mapping[str, Any],
+    directory: str | Path,
+    *,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    capture: str = "layer_output",
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a draft's directory, whole or not at all; an earlier export there is replaced.
+
+    Args:
+      tensors: by exported name, `[out, in]`, see `jaxdraft.model.tensors.to_tensors`.
+      config: the draft's shape.
+      target: the target's config.json.
+      directory: the one to write; its parent is created.
+      dtype: of the written tensors.
+      capture: what a feature is, "layer_output" or "next_layer_input"; the serving engine has to mean the same.
+      provenance: more for `export.json`, for example the run and the step.
+
+    Raises:
+      ValueError: a tensor is missing, extra, misshapen, not finite or constant; the draft does not fit the target; or
+        the directory holds something else. Nothing is written then.
+    """
+    directory = Path(directory)
+    check_target(config, target)
+    written = check_tensors(tensors, config, dtype)
+    if directory.exists() and any(directory.iterdir()) and not (directory / "export.json").is_file():
+        raise ValueError(f"--output {directory} is not empty and holds no earlier export; give another directory")
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = directory.parent / f".{directory.name}.writing-{os.getpid()}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        # "pt" is what transformers insists on; it says nothing about the bytes.
+        save_file(written, unfinished / "model.safetensors", metadata={"format": "pt"})
+        _write_json(unfinished / "config.json", hf_config(config, target, dtype))
+        about = {
+            "format": EXPORT_FORMAT,
+            "jaxdraft": _version(),
+            "capture": capture,
+            "mask_token_id": config.mask_token_id,
+            "target_layer_ids": list(config.target_layer_ids),
+            "sha256": {name: _sha256(unfinished / name) for name in ("model.safetensors", "config.json")},
+            **(provenance or {}),
+        }
+        _write_json(unfinished / "export.json", about)
+        _put_in_place(unfinished, directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return directory
+
+
+def hf_config(config: DraftConfig, target: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The draft's config.json. Token ids and the tie flag are the target's, of `text_config` where the top has none."""
+    sliding = "sliding_attention" in config.layer_types
+    optional = {
+        name: value
+        for name in ("is_causal", "input_embedding_scale", "output_multiplier", "final_logit_softcapping")
+        if (value := getattr(config, name)) is not None
+    }
+    return {
+        "architectures": ["DFlashDraftModel"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+        "block_size": config.block_size,
+        "bos_token_id": target_field(target, "bos_token_id"),
+        "dflash_config": {
+            "mask_token_id": config.mask_token_id,
+            "target_layer_ids": list(config.target_layer_ids),
+        },
+        "dtype": dtype,
+        "eos_token_id": target_field(target, "eos_token_id"),
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "initializer_range": config.initializer_range,
+        "intermediate_size": config.intermediate_size,
+        "layer_types": list(config.layer_types),
+        "max_position_embeddings": config.max_position_embeddings,
+        "max_window_layers": config.num_layers,
+        "model_type": "qwen3",
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "num_target_layers": config.num_target_layers,
+        "pad_token_id": target_field(target, "pad_token_id"),
+        "rms_norm_eps": config.rms_norm_eps,
+        # Old loaders read the first two, transformers 5 the third.
+        "rope_scaling": None,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "sliding_window": config.sliding_window if sliding else None,
+        "tie_word_embeddings": bool(target_field(target, "tie_word_embeddings", False)),
+        "use_cache": True,
+        "use_sliding_window": sliding,
+        "vocab_size": config.vocab_size,
+        **optional,
+    }
+
+
+def target_field(target: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """A field of the target's config.json; `text_config`'s where the top level has none."""
+    value = target.get(name)
+    return value if value is not None else target.get("text_config", {}).get(name, default)
+
+
+def check_target(config: DraftConfig, target: Mapping[str, Any]) -> None:
+    """Refuse a draft that the target cannot serve.
+
+    Raises:
+      ValueError: width, vocabulary, depth or rope differ; names the field and both values.
+    """
+    text = target.get("text_config", target)
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    pairs = {
+        "hidden_size": (config.hidden_size, text["hidden_size"]),
+        "vocab_size": (config.vocab_size, text["vocab_size"]),
+        "num_target_layers": (config.num_target_layers, text["num_hidden_layers"]),
+        "rope_theta": (config.rope_theta, text.get("rope_theta") or rope.get("rope_theta")),
+    }
+    for name, (ours, theirs) in pairs.items():
+        if theirs is not None and ours != theirs:
+            raise ValueError(f"the draft's {name}={ours} is not the target's {theirs}; export it with its own target")
+
+
+def check_tensors(tensors: Tensors, config: DraftConfig, dtype: str) -> dict[str, np.ndarray]:
+    """The tensors in the exported dtype, each one checked.
+
+    A constant tensor is one that nothing was ever loaded into. The exception is a norm's weight of ones: that is how it
+    starts, and in bfloat16 a short training leaves it there.
+
+    Raises:
+      ValueError: names the first tensor that is missing, extra, misshapen, not finite or constant.
+    """
+    shapes = {name: row.exported for name, row in tensor_table(config).items()}
+    if missing := shapes.keys() - tensors.keys():
+        raise ValueError(f"tensor {min(missing)} is missing ({len(missing)} in all); export a complete checkpoint")
+    if extra := tensors.keys() - shapes.keys():
+        raise ValueError(f"tensor {min(extra)} is no part of this draft ({len(extra)} in all); export its own config")
+    written = {}
+    for name, shape in shapes.items():
+        tensor = np.asarray(tensors[name])
+        if tensor.shape != shape:
+            raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, not {list(shape)}; export its own config")
+        cast = np.ascontiguousarray(tensor.astype(DTYPES[dtype]))
+        # Cast first: the largest float32 numbers are infinite in bfloat16.
+        if not np.isfinite(cast.astype(np.float32)).all():
+            raise ValueError(f"tensor {name} has values that are not finite in {dtype}; export an earlier checkpoint")
+        first = tensor.flat[0]
+        if (tensor == first).all() and not (len(shape) == 1 and first == 1):
+            raise ValueError(
+                f"tensor {name} is constant ({float(first):g}), so it was never set; export another checkpoint"
+            )
+        written[name] = cast
+    return written
+
+
+def _put_in_place(finished: Path, directory: Path) -> None:
+    """Give the finished directory its name. A crash between the renames leaves the old one under a hidden name."""
+    if not directory.exists():
+        finished.rename(directory)
+        return
+    replaced = directory.parent / f".{directory.name}.replaced-{os.getpid()}"
+    directory.rename(replaced)
+    finished.rename(directory)
+    shutil.rmtree(replaced)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("jaxdraft")
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return "source"
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Export a run's draft for z-lab's class, SpecForge, SGLang and vLLM."""
+
+    checkpoint: str
+    """Directory of a run, for example runs/NAME."""
+    output: str
+    """Directory to write."""
+    step: str = "best"
+    """Which checkpoint: a step's number, best (on held-out data; the latest where none was rated), latest or first."""
+    target: str | None = None
+    """Directory of the target; None: where it was during training."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the written tensors."""
+
+
+def export_run(arguments: Arguments) -> Path:
+    """Export one checkpoint of a run. Raises ValueError: no such run, checkpoint or target, or as `export_draft`."""
+    step: int | str | None = int(arguments.step) if arguments.step.isdigit() else arguments.step
+    run_dir = Path(arguments.checkpoint)
+    if step == "best" and (run_dir / "checkpoints").is_dir():
+        with Checkpoints(run_dir, keep=10**6, read_only=True) as checkpoints:
+            step = "latest" if checkpoints.best is None else "best"
+    params, meta = load_params(run_dir, step)
+    config = msgspec.convert(meta["draft"], DraftConfig)
+    target = arguments.target or meta["config"]["target"]["path"]
+    file = Path(target) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"the run's target {target} has no config.json here; say where the target is with --target")
+    return export_draft(
+        to_tensors(params, config),
+        config,
+        json.loads(file.read_text()),
+        arguments.output,
+        dtype=arguments.dtype,
+        capture=meta["capture"],
+        provenance={"run": meta["config"]["name"], "step": meta["step"], "target": target},
+    )
+
+
+def main() -> None:
+    try:
+        directory = export_run(tyro.cli(Arguments, prog="python -m jaxdraft.export"))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"exported to {directory}")
+
+
+if __name__ == "__main__":
+    main()
