@@ -205,14 +205,11 @@ def load_frozen(
       ValueError: a key that does not exist (lists candidates), a quantised tensor, or a wrong shape.
     """
     embed_key = _find_key("embed_key", config.embed_key, EMBED_KEYS, target, "embed_tokens")
-    tied = target.field("tie_word_embeddings", False)
-    fallback = () if config.lm_head_key or not tied else (embed_key,)
-    head_key = _find_key("lm_head_key", config.lm_head_key, HEAD_KEYS + fallback, target, "lm_head")
-    if tied and config.lm_head_key is None:
-        head_key = embed_key  # a tied checkpoint may carry a stale copy; the model ignores it
     embedding = _load_matrix("embed_key", embed_key, target, dtype)
-    head = embedding if head_key == embed_key else _load_matrix("lm_head_key", head_key, target, dtype)
-    return embedding, head
+    if target.field("tie_word_embeddings", False) and config.lm_head_key is None:
+        return embedding, embedding  # a tied checkpoint may carry a stale copy of the head; the model ignores it
+    head_key = _find_key("lm_head_key", config.lm_head_key, HEAD_KEYS, target, "lm_head")
+    return embedding, _load_matrix("lm_head_key", head_key, target, dtype)
 
 
 def _find_key(field: str, explicit: str | None, known: tuple[str, ...], target: TargetModel, hint: str) -> str:

@@ -1,0 +1,132 @@
+"""What belongs to a run beside its training loop: its directory, its meta, the order of its requests, its signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from jaxdraft.checkpoint import as_json
+from jaxdraft.config import Config
+from jaxdraft.data import Schedule
+from jaxdraft.model.dflash import DraftConfig
+
+VERSIONED = ("jaxdraft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+
+
+def open_run_dir(config: Config) -> Path:
+    """OUTPUT_DIR/NAME, created; with `fresh`, what was there is moved aside first."""
+    run_dir = config.run_dir
+    if config.fresh and run_dir.exists():
+        run_dir.rename(run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return run_dir
+
+
+def run_meta(
+    config: Config, draft: DraftConfig, *, index_digest: str, capture: str, rows_per_step: int, total_steps: int
+) -> dict[str, Any]:
+    """Goes into every checkpoint; a resume compares it (`checkpoint.check_resume`)."""
+    return as_json(
+        {
+            "config": config,
+            "draft": draft,
+            "mask_token_id": draft.mask_token_id,
+            "index_digest": index_digest,
+            "capture": capture,
+            "rows_per_step": rows_per_step,
+            "total_steps": total_steps,
+            "versions": {name: metadata.version(name) for name in VERSIONED},
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """One slot to fill: rows as (row id, samples), `rows_per_slot` of them."""
+
+    split: str
+    rows: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order in which a run consumes slots: training micro-batches, and held-out rows at every evaluation.
+
+    Both splits share one queue, so that prefetching runs on across an evaluation and can never starve it.
+    """
+
+    schedule: Schedule
+    eval_rows: tuple[tuple[int, ...], ...]
+    rows_per_slot: int
+    accumulation: int
+    total_steps: int
+    eval_interval: int
+
+    def evaluates_after(self, step: int) -> bool:
+        return bool(self.eval_rows) and (step % self.eval_interval == 0 or step == self.total_steps)
+
+    @property
+    def eval_requests(self) -> tuple[Request, ...]:
+        return tuple(Request("eval", rows) for rows in _slots(enumerate(self.eval_rows), self.rows_per_slot))
+
+    def step_requests(self, step: int) -> tuple[Request, ...]:
+        """The micro-batches of optimizer step `step`, counted from 0."""
+        rows_per_step = self.rows_per_slot * self.accumulation
+        ids = range(step * rows_per_step, (step + 1) * rows_per_step)
+        return tuple(
+            Request("train", rows) for rows in _slots(((i, self.schedule.row(i)) for i in ids), self.rows_per_slot)
+        )
+
+    def requests(self, first_step: int) -> Iterator[Request]:
+        """Everything from optimizer step `first_step` to the end of the run."""
+        for step in range(first_step, self.total_steps):
+            yield from self.step_requests(step)
+            if self.evaluates_after(step + 1):
+                yield from self.eval_requests
+
+
+def _slots(
+    rows: Iterable[tuple[int, tuple[int, ...]]], rows_per_slot: int
+) -> Iterator[tuple[tuple[int, tuple[int, ...]], ...]]:
+    """Groups of `rows_per_slot` rows, the last one completed by empty rows."""
+    rows = list(rows)
+    for start in range(0, len(rows), rows_per_slot):
+        group = rows[start : start + rows_per_slot]
+        yield tuple(group + [(len(rows) + i, ()) for i in range(rows_per_slot - len(group))])
+
+
+class StopSignal:
+    """SIGTERM or SIGINT asks the loop to save and end in good order; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = signal.Signals(number).name
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    scratch = file.with_suffix(".tmp")
+    scratch.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(scratch, file)

@@ -1,0 +1,128 @@
+"""What the trainer reads of a target: dimensions, mask token, frozen embedding and head."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxdraft.config import DraftOptions, TargetConfig
+from jaxdraft.target import load_frozen, make_draft_config, open_target, resolve_mask_token
+
+V, H = 13, 6
+TEXT = dict(
+    hidden_size=H, num_hidden_layers=8, num_attention_heads=2, num_key_value_heads=1, intermediate_size=10,
+    vocab_size=V, rope_parameters={"rope_theta": 1e7}, rms_norm_eps=1e-5,
+)  # fmt: skip
+
+
+def random_matrix(*shape, dtype=np.float32):
+    return np.random.default_rng().standard_normal(shape).astype(dtype)
+
+
+def write_target(directory, *, tensors=None, vlm=False, tokenizer=None, **top):
+    """A target's directory with just what the trainer reads. `tokenizer`: its token ids."""
+    config = {"text_config": TEXT, **top} if vlm else {**TEXT, **top}
+    (directory / "config.json").write_text(json.dumps(config))
+    vocab = {f"t{i}": i for i in (range(5) if tokenizer is None else tokenizer)}
+    (directory / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}, "added_tokens": []}))
+    save_file(tensors or {"model.embed_tokens.weight": random_matrix(V, H)}, directory / "model.safetensors")
+    return TargetConfig(path=str(directory))
+
+
+def test_fields_of_a_vlm_come_from_its_text_config(tmp_path):
+    config = write_target(tmp_path, vlm=True, tie_word_embeddings=True)
+    target = open_target(config)
+    assert (target.hidden_size, target.num_layers, target.vocab_size, target.head_dim) == (H, 8, V, 3)
+    assert target.rope_theta == 1e7
+    draft = make_draft_config(DraftOptions(num_layers=3, block_size=4, head_dim=4), target)
+    assert draft.target_layer_ids == (1, 3, 5)
+    assert (draft.num_heads, draft.num_kv_heads, draft.intermediate_size) == (2, 1, 10)
+    assert (draft.rope_theta, draft.rms_norm_eps, draft.mask_token_id) == (1e7, 1e-5, 5)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.language_model.embed_tokens.weight",
+        "model.embed_tokens.weight",
+        "language_model.model.embed_tokens.weight",
+    ],
+)
+def test_embedding_is_detected_and_tied(tmp_path, key):
+    matrix = random_matrix(V, H)
+    config = write_target(tmp_path, tensors={key: matrix}, tie_word_embeddings=True)
+    embedding, head = load_frozen(config, open_target(config), jnp.float32)
+    np.testing.assert_array_equal(embedding, matrix)
+    assert head is embedding
+
+
+def test_untied_head(tmp_path):
+    tensors = {"model.embed_tokens.weight": random_matrix(V, H), "lm_head.weight": random_matrix(V, H)}
+    config = write_target(tmp_path, tensors=tensors, tie_word_embeddings=False)
+    embedding, head = load_frozen(config, open_target(config), jnp.bfloat16)
+    assert embedding.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.float32(head), np.float32(jnp.bfloat16(tensors["lm_head.weight"])))
+    np.testing.assert_array_equal(np.float32(embedding), np.float32(jnp.bfloat16(tensors["model.embed_tokens.weight"])))
+
+
+def test_unknown_and_missing_keys_list_candidates(tmp_path):
+    tensors = {"decoder.embed_tokens.weight": random_matrix(V, H), "lm_head.weight": random_matrix(V, H)}
+    config = write_target(tmp_path, tensors=tensors)
+    with pytest.raises(
+        ValueError, match="target.embed_key was not found; set it to one of: decoder.embed_tokens.weight"
+    ):
+        load_frozen(config, open_target(config), jnp.float32)
+    wrong = TargetConfig(path=config.path, embed_key="model.embed.weight")
+    with pytest.raises(ValueError, match="model.embed.weight is not among.*candidates: decoder.embed_tokens.weight"):
+        load_frozen(wrong, open_target(wrong), jnp.float32)
+    right = TargetConfig(path=config.path, embed_key="decoder.embed_tokens.weight")
+    assert load_frozen(right, open_target(right), jnp.float32)[0].shape == (V, H)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"model.embed_tokens.weight": np.zeros((V, H), np.int8), "model.embed_tokens.weight_scale": random_matrix(V)},
+        {"model.embed_tokens.weight": random_matrix(V, H), "lm_head.qweight": np.zeros((V, H), np.int32)},
+    ],
+)
+def test_quantised_embedding_or_head_is_refused(tmp_path, tensors):
+    config = write_target(tmp_path, tensors=tensors, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match="quantised.*left out of the quantisation"):
+        load_frozen(config, open_target(config), jnp.float32)
+
+
+def test_wrong_shape_is_refused(tmp_path):
+    config = write_target(
+        tmp_path, tensors={"model.embed_tokens.weight": random_matrix(V + 1, H)}, tie_word_embeddings=True
+    )
+    with pytest.raises(ValueError, match=r"has shape \[14, 6\].*\[13, 6\]"):
+        load_frozen(config, open_target(config), jnp.float32)
+
+
+def test_missing_directories_and_unpinned_hub_ids(tmp_path):
+    for path, named in (
+        (str(tmp_path / "none"), "does not exist"),
+        ("org/model", "needs target.revision"),
+        (str(tmp_path), "has no config.json"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            open_target(TargetConfig(path=path))
+
+
+def test_mask_token_resolution_order(tmp_path):
+    target = open_target(write_target(tmp_path, tokenizer=range(9)))
+    assert resolve_mask_token(2, target) == 2
+    assert resolve_mask_token(None, target) == 9  # len(tokenizer) is unused
+    target = open_target(write_target(tmp_path, tokenizer=[i for i in range(V) if i != 4]))
+    assert resolve_mask_token(None, target) == 4  # the only unused id
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": {"content": "t7"}}))
+    assert resolve_mask_token(None, target) == 7
+    (tmp_path / "tokenizer_config.json").unlink()
+    target = open_target(write_target(tmp_path, tokenizer=range(V)))
+    with pytest.raises(ValueError, match="every id"):
+        resolve_mask_token(None, target)
+    with pytest.raises(ValueError, match="draft.mask_token_id=13 is not below.*vocab_size=13"):
+        resolve_mask_token(V, target)
