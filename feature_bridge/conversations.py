@@ -78,7 +78,8 @@ def parse(record: Any, where: str, folder: Path) -> Conversation:
         message = {"role": role, "content": _as_template_content(pieces)}
         messages.append(message | ({"reasoning_content": reasoning} if reasoning else {}))
     sample_id = record.get("id")
-    return Conversation(where if sample_id is None else str(sample_id), tuple(messages), tuple(images))
+    named = isinstance(sample_id, str | int)
+    return Conversation(str(sample_id) if named else where, tuple(messages), tuple(images))
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def make_sample(
         digest=_digest(tokens[:end], loss_mask[:end], grids[:kept], content_digests[:kept]),
         truncated=end < len(tokens),
     )
-    if sample.num_supervised < data.min_supervised:
+    if sample.num_supervised < max(1, data.min_supervised):
         cut = f" of its first {end} tokens" if sample.truncated else ""
         raise SampleError(
             "too few supervised tokens",

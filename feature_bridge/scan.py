@@ -1,0 +1,179 @@
+"""Every record of a data file -> one `Entry`: what the index needs to know of it, or why it is left out.
+
+Small files are scanned in this process. Larger ones by processes of `python -m feature_bridge.scan`, which read a spec
+from stdin and write one JSON line a record to stdout; each takes every n-th block of rows, and the result is the same
+for any number of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from feature_bridge import samples
+from feature_bridge.contracts import DataSpec, TargetSpec
+from feature_bridge.media import SampleError
+from feature_bridge.processors import Processor, load_processor
+from feature_bridge.sources import Source, open_source
+
+IN_PROCESS_ROWS = 2000  # below this, importing transformers again costs more than the rows
+_BLOCK_ROWS = 64
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One record. `kind` is empty for a usable one, else it says what to count it by and `reason` why."""
+
+    row: int
+    sample_id: str = ""
+    length: int = 0
+    supervised: int = 0
+    num_images: int = 0
+    truncated: bool = False
+    digest: str = ""
+    kind: str = ""
+    reason: str = ""
+    files: tuple[tuple[str, int, int], ...] = ()  # picture files: path, bytes (-1: none there), mtime in ns
+
+
+def scan(
+    source: Source, path: str, field: str, target: TargetSpec, data: DataSpec, processor: Processor, progress: Progress
+) -> list[Entry]:
+    """Entries of all records, in their order.
+
+    Raises:
+        RuntimeError: a worker process died.
+    """
+    num_workers = min(data.num_workers or len(os.sched_getaffinity(0)), -(-len(source) // _BLOCK_ROWS))
+    if num_workers <= 1 or len(source) <= IN_PROCESS_ROWS:
+        entries = []
+        for row in range(len(source)):
+            entries.append(scan_row(source, row, processor, data))
+            progress(row + 1, len(source))
+        return entries
+    return _scan_in_workers(len(source), path, field, target, data, num_workers, progress)
+
+
+def scan_row(source: Source, row: int, processor: Processor, data: DataSpec) -> Entry:
+    """Reads one record and makes its sample once; its pictures are decoded in full."""
+    where, files = source.where(row), ()
+    try:
+        record = source.read(row)
+        files = tuple(file_state(path) for path in samples.picture_files(record, where, source.folder))
+        sample = samples.make_sample(record, where, source.folder, processor, data)
+    except SampleError as error:
+        return Entry(row=row, kind=error.kind, reason=error.reason, files=files)
+    return Entry(
+        row=row,
+        sample_id=sample.sample_id,
+        length=len(sample.tokens),
+        supervised=sample.num_supervised,
+        num_images=len(sample.images),
+        truncated=sample.truncated,
+        digest=sample.digest,
+        files=files,
+    )
+
+
+def file_state(path: str) -> tuple[str, int, int]:
+    """What tells that a file has changed: (path, bytes, mtime in ns); bytes is -1 where there is none."""
+    try:
+        stat = os.stat(path)
+    except (OSError, ValueError):
+        return path, -1, 0
+    return path, stat.st_size, stat.st_mtime_ns
+
+
+def _scan_in_workers(
+    num_rows: int, path: str, field: str, target: TargetSpec, data: DataSpec, num_workers: int, progress: Progress
+) -> list[Entry]:
+    entries: list[Entry | None] = [None] * num_rows
+    done = 0
+    lock = threading.Lock()
+
+    def collect(lines: IO[str]) -> None:
+        nonlocal done
+        for line in lines:
+            entry = entry_of(json.loads(line))
+            with lock:
+                entries[entry.row] = entry
+                done += 1
+                progress(done, num_rows)
+
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    package_parent = str(Path(__file__).resolve().parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
+    workers, threads = [], []
+    try:
+        for shard in range(num_workers):
+            spec = {
+                "path": path,
+                "field": field,
+                "target": dataclasses.asdict(target),
+                "data": dataclasses.asdict(data),
+                "shard": shard,
+                "num_shards": num_workers,
+            }
+            command = [sys.executable, "-m", "feature_bridge.scan"]
+            worker = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
+            )
+            workers.append(worker)
+            threads.append(threading.Thread(target=collect, args=(worker.stdout,), daemon=True))
+            threads[-1].start()
+            with contextlib.suppress(BrokenPipeError):  # it died at once: seen below
+                worker.stdin.write(json.dumps(spec))
+                worker.stdin.close()
+        for worker, thread in zip(workers, threads, strict=True):
+            thread.join()
+            if worker.wait() != 0:
+                raise RuntimeError(
+                    f"a process that indexes {field}={path!r} ended with code {worker.returncode}; "
+                    "see its message above, or lower data.num_workers if memory ran out"
+                )
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    assert None not in entries, "a worker left out rows"
+    return entries
+
+
+def entry_of(fields: dict[str, Any]) -> Entry:
+    """An entry from the fields that JSON gave back."""
+    return Entry(**fields | {"files": tuple(tuple(file) for file in fields["files"])})
+
+
+def _shard_rows(num_rows: int, shard: int, num_shards: int) -> Iterator[int]:
+    return (row for row in range(num_rows) if row // _BLOCK_ROWS % num_shards == shard)
+
+
+def _main() -> None:
+    results, sys.stdout = sys.stdout, sys.stderr  # libraries that print must not reach the results
+    spec = json.load(sys.stdin)
+    target, data = TargetSpec(**spec["target"]), DataSpec(**spec["data"])
+    source = open_source(spec["path"], spec["field"])
+    processor = load_processor(
+        target.path,
+        revision=target.revision,
+        trust_remote_code=target.trust_remote_code,
+        min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+    )
+    for row in _shard_rows(len(source), spec["shard"], spec["num_shards"]):
+        results.write(json.dumps(dataclasses.asdict(scan_row(source, row, processor, data))) + "\n")
+    results.flush()
+
+
+if __name__ == "__main__":
+    _main()
