@@ -69,6 +69,9 @@ class Target(Protocol):
     def logits(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         """The target's own head on states after the final norm."""
 
+    def embed(self, tokens: Sequence[int]) -> Float[Tensor, "n H"]:
+        """The target's own token embeddings, on its device and in its dtype."""
+
 
 # --- reading a config --------------------------------------------------------------------------------------------------
 

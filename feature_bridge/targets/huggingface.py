@@ -75,6 +75,10 @@ class HuggingFaceTarget:
         head = self._model.get_output_embeddings()
         return head(hidden.to(head.weight.dtype))
 
+    @torch.inference_mode()
+    def embed(self, tokens: Sequence[int]) -> Float[Tensor, "n H"]:
+        return self._model.get_input_embeddings()(torch.tensor(tokens, device=self._model.device))
+
     def _inputs(self, request: Request) -> dict[str, Any]:
         spans = image_spans(request, self.config)
         if len(request.tokens) > self.max_tokens:

@@ -88,6 +88,10 @@ class SGLangTarget:
         head = self._model.lm_head.weight[: self.info.vocab_size]  # SGLang pads the vocabulary
         return nn.functional.linear(hidden.to(head.dtype), head)
 
+    def embed(self, tokens: Sequence[int]) -> Float[Tensor, "n H"]:
+        embedding, _ = self._model.get_embed_and_head()
+        return embedding[torch.tensor(tokens, device=embedding.device)]
+
     def _extend(self, requests: Sequence[Request], last_hidden: bool) -> Extended:
         reqs = [self._req(i, request) for i, request in enumerate(requests)]
         try:
