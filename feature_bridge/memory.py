@@ -14,10 +14,11 @@ import ctypes
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from feature_bridge.contracts import SlotLayout
+from feature_bridge.contracts import RingMemory, SlotLayout
 
 CPU, CUDA = 1, 2  # DLDeviceType, dlpack.h
 
@@ -27,7 +28,7 @@ _DTYPES = {"int32": (0, 32), "uint8": (1, 8), "float32": (2, 32), "bfloat16": (4
 class _DLManagedTensor(ctypes.Structure):
     """`DLManagedTensor` of dlpack.h 0.8, flat; on 64-bit machines its padding is the nested structs'."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("data", ctypes.c_void_p),
         ("device_type", ctypes.c_int32),
         ("device_id", ctypes.c_int32),
@@ -113,7 +114,10 @@ class HostMemory:
         self._layout, self._num_slots = layout, num_slots
         self.num_bytes = num_slots * layout.slot_bytes
         if (actual := os.fstat(fd).st_size) != self.num_bytes:
-            raise ValueError(f"the ring has {actual} bytes where {self.num_bytes} are expected: versions differ")
+            raise ValueError(
+                f"the ring has {actual} bytes where the trainer expects {self.num_bytes}: install the same version of "
+                "feature_bridge in the trainer's and the bridge's environment"
+            )
         self._map = mmap.mmap(fd, self.num_bytes)
         # Never unmapped: a JAX array that outlives the ring, at the interpreter's end say, must not point into nowhere.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._map))
@@ -152,3 +156,35 @@ def create_host_memory(layout: SlotLayout, num_slots: int) -> tuple[HostMemory, 
             f"bridge.num_slots={num_slots} slots of {layout.slot_bytes / 1e9:.2f} GB do not fit into shared memory "
             f"({error.strerror}); lower bridge.num_slots, rows_per_device or data.row_tokens"
         ) from error
+
+
+# --- by transport ----------------------------------------------------------------------------------------------------
+
+
+def create_memory(transport: str, layout: SlotLayout, num_slots: int) -> tuple[SlotMemory, RingMemory, tuple[int, ...]]:
+    """The bridge's side: the memory, the message that shows it to the trainer, file descriptors to send and close.
+
+    Raises:
+      ValueError: it does not fit, or the transport has no such memory.
+    """
+    if transport == "shared_memory":
+        memory, fd = create_host_memory(layout, num_slots)
+        return memory, RingMemory(num_bytes=memory.num_bytes), (fd,)
+    raise ValueError(f"bridge.transport={transport!r} is not available in a bridge process; use 'shared_memory'")
+
+
+def attach_memory(
+    transport: str, layout: SlotLayout, num_slots: int, shown: RingMemory, take_fd: Callable[[], int]
+) -> SlotMemory:
+    """The trainer's side of `create_memory`: from the bridge's message and the file descriptors that came with it.
+
+    Raises:
+      ValueError: the two sides do not agree on the layout.
+    """
+    assert transport == "shared_memory"
+    fd = take_fd()
+    try:
+        memory = HostMemory(layout, num_slots, fd)
+    finally:
+        os.close(fd)  # the mapping keeps the memory
+    return memory

@@ -29,7 +29,7 @@ class WireError(ValueError):
     """What arrived is not a message of this schema."""
 
 
-# --- bytes <-> dataclasses ---------------------------------------------------------------------------------------------
+# --- bytes <-> dataclasses --------------------------------------------------------------------------------------------
 
 
 def encode(message: Any) -> bytes:
@@ -94,7 +94,7 @@ def _convert(fields: dict[str, Any], cls: type) -> Any:
         raise WireError(f"{cls.__name__} does not fit the schema: {error}") from error
 
 
-# --- a connection ------------------------------------------------------------------------------------------------------
+# --- a connection -----------------------------------------------------------------------------------------------------
 
 
 class Connection:

@@ -1,0 +1,75 @@
+"""The bridge without a process, for debugging: the client's interface over a worker that lives in the trainer."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from feature_bridge.client import BridgeError
+from feature_bridge.contracts import BridgeSpec, Decode, Decoded, Fill, Filled, Row
+from feature_bridge.memory import Producer, create_host_memory
+from feature_bridge.ring import Ring
+from feature_bridge.server import Worker, describe, fill_slot, slot_layout
+
+
+class InProcessClient:
+    """Same methods as `client.Client`. A slot is filled when it is asked for, on the trainer's own thread."""
+
+    def __init__(self, spec: BridgeSpec, worker: Worker):
+        self.ready = worker.ready
+        self.num_slots = spec.num_slots
+        self._spec = spec
+        self._worker = worker
+        self._ring = Ring(spec.num_slots)
+        self._memory, fd = create_host_memory(slot_layout(spec, self.ready.feature_width), spec.num_slots)
+        os.close(fd)
+        self._request_id = 0
+        self._fills: deque[Fill] = deque()
+
+    @property
+    def pid(self) -> int:
+        return os.getpid()
+
+    def fill(self, split: str, rows: Sequence[Row]) -> int:
+        self._request_id += 1
+        self._fills.append(Fill(request_id=self._request_id, split=split, rows=tuple(rows)))
+        return self._request_id
+
+    def next_filled(self, timeout: float | None = None) -> Filled:
+        request = self._fills.popleft()
+        lease = self._ring.acquire(timeout=0)  # one thread: to wait for a release would be to wait for ever
+        try:
+            return fill_slot(self._worker, self._ring, lease, self._memory, request, self._spec.rows_per_slot)
+        except Exception as error:
+            raise BridgeError(describe(error), kind="failed") from error
+
+    def slot(self, filled: Filled, device_id: int = 0) -> dict[str, Producer]:
+        return self._memory.arrays(filled.slot, device_id)
+
+    def release(self, slot: int, generation: int) -> None:
+        self._ring.release(slot, generation)
+
+    def decode(
+        self, draft_path: str, samples: Sequence[int], max_new_tokens: int, timeout: float | None = None
+    ) -> Decoded:
+        self._request_id += 1
+        request = Decode(
+            request_id=self._request_id, draft_path=draft_path, samples=tuple(samples), max_new_tokens=max_new_tokens
+        )
+        try:
+            return self._worker.decode(request)
+        except Exception as error:
+            raise BridgeError(describe(error), kind="failed") from error
+
+    def close(self, grace_s: float = 0.0) -> None:
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+
+    def __enter__(self) -> InProcessClient:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()

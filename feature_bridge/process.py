@@ -1,0 +1,108 @@
+"""The bridge process as its parent sees it: started, watched, ended with all its children, and its end described."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_POLL_S = 0.02
+_GIST_BYTES, _GIST_CHARS = 65536, 300
+
+
+class BridgeProcess:
+    """Leader of a session: Ctrl-C in the trainer's terminal does not reach it, and a kill reaches its children."""
+
+    def __init__(self, command: Sequence[str], *, document: bytes, log_path: Path, env: Mapping[str, str]):
+        """Starts `command` with `document` on its standard input; its output is appended to `log_path`.
+
+        Raises:
+          ValueError: the interpreter cannot be run.
+        """
+        self.log_path = log_path
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        with log_path.open("ab") as log:
+            self._log_start = log.tell()
+            try:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=_environment(env),
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise ValueError(
+                    f"bridge.python={command[0]!r} cannot be run ({error.strerror}); "
+                    "give the path of a Python interpreter"
+                ) from error
+        # A broken pipe: it has ended already, which whoever waits for it finds out.
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
+            pipe.write(document)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """After `kill`: negative for the signal that ended it."""
+        return self._process.returncode
+
+    def has_exited(self) -> bool:
+        """Leaves an ended process as a zombie, so that its id, and its group's, stay its own until `kill`."""
+        if self._process.returncode is not None:
+            return True
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+    def wait_for_exit(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not (exited := self.has_exited()) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        return exited
+
+    def kill(self) -> None:
+        """Ends what is left of the process and of its children."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def describe_end(self, patience_s: float) -> str:
+        """How it ended and what its log says last, as a clause. It gets `patience_s` seconds to end by itself."""
+        by_itself = self.wait_for_exit(patience_s)
+        self.kill()
+        code = self._process.returncode
+        if not by_itself:
+            end = "closed its connection"
+        elif code >= 0:
+            end = f"ended with exit code {code}"
+        else:
+            end = f"was killed by {signal.Signals(-code).name}"
+            if -code == signal.SIGKILL:
+                end += " (often the kernel's, out of memory)"
+        return f"{end}; {self._log_gist()}"
+
+    def _log_gist(self) -> str:
+        with self.log_path.open("rb") as log:
+            end = log.seek(0, os.SEEK_END)
+            log.seek(max(self._log_start, end - _GIST_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
+        lines = [line.strip() for line in lines if line.strip()]
+        return (
+            f"its log {self.log_path} ends: {lines[-1][:_GIST_CHARS]}" if lines else f"its log {self.log_path} is empty"
+        )
+
+
+def _environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """The trainer's environment and `extra`, made so that `-m feature_bridge.server` is found."""
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1", **extra}
+    root = Path(__file__).resolve().parent.parent
+    if "site-packages" not in root.parts:  # a checkout; the packages of another environment would clash with its own
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), env.get("PYTHONPATH")]))
+    return env

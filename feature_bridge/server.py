@@ -1,0 +1,190 @@
+"""`python -m feature_bridge.server --socket PATH < spec.json`: the bridge process. The trainer starts it (`client.py`).
+
+    trainer --spec--> build the worker --Ready, RingMemory--> trainer
+    trainer --Fill--> acquire a slot -> worker.fill -> publish --Filled--> trainer --Release--> free the slot
+
+The main thread builds the worker and answers requests in their order. The reader thread takes messages at once: a
+release frees its slot during a fill, and the end of the connection ends the process in the middle of one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import faulthandler
+import importlib
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import Any, Protocol
+
+from feature_bridge import wire
+from feature_bridge.contracts import (
+    BridgeSpec,
+    Decode,
+    Decoded,
+    Failure,
+    Fill,
+    Filled,
+    FilledRow,
+    Ready,
+    Release,
+    Row,
+    Shutdown,
+    SlotLayout,
+)
+from feature_bridge.memory import SlotMemory, create_memory
+from feature_bridge.ring import Lease, Ring, RingClosed
+
+DEFAULT_WORKER = "feature_bridge.worker:Worker"
+_PR_SET_PDEATHSIG = 1
+_PARENT_CHECK_S = 0.5
+
+
+class Worker(Protocol):
+    """The index and the target. Built from a `BridgeSpec`; raises ValueError, one sentence, for a user's mistake."""
+
+    ready: Ready
+
+    def fill(self, split: str, rows: tuple[Row, ...], slot: Any) -> tuple[FilledRow, ...]:
+        """Writes every field of a slot (`SlotMemory.slot_view`), and returns when its bytes are complete."""
+
+    def decode(self, request: Decode) -> Decoded: ...
+
+
+def load_worker(path: str) -> Any:
+    """The worker class named "module:Class"."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def slot_layout(spec: BridgeSpec, feature_width: int) -> SlotLayout:
+    return SlotLayout(spec.rows_per_slot, spec.row_tokens, feature_width, spec.feature_dtype)
+
+
+def fill_slot(
+    worker: Worker, ring: Ring, lease: Lease, memory: SlotMemory, request: Fill, rows_per_slot: int
+) -> Filled:
+    """Fills the acquired slot and publishes it; where the worker raises, the slot is free again."""
+    start = time.monotonic()
+    try:
+        if len(request.rows) != rows_per_slot:
+            raise ValueError(f"a request has {len(request.rows)} rows where a slot has {rows_per_slot}")
+        rows = worker.fill(request.split, request.rows, memory.slot_view(lease.slot))
+    except BaseException:
+        ring.cancel(lease)
+        raise
+    ring.publish(lease)
+    return Filled(
+        request_id=request.request_id,
+        slot=lease.slot,
+        generation=lease.generation,
+        rows=rows,
+        seconds=time.monotonic() - start,
+    )
+
+
+def describe(error: Exception) -> str:
+    """One line for the user; a user's mistake speaks for itself."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
+
+
+def serve(connection: wire.Connection, spec: BridgeSpec, worker_path: str) -> None:
+    """Builds the worker, shows the ring, and answers until `Shutdown`. Raises what building the worker raises."""
+    ring = Ring(spec.num_slots)
+    requests: queue.SimpleQueue[Fill | Decode | None] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(connection, ring, requests), name="reader", daemon=True).start()
+
+    worker = load_worker(worker_path)(spec)
+    layout = slot_layout(spec, worker.ready.feature_width)
+    memory, ring_memory, fds = create_memory(spec.transport, layout, spec.num_slots)
+    connection.send(worker.ready)
+    connection.send(ring_memory, fds)
+    for fd in fds:
+        os.close(fd)
+
+    while (request := requests.get()) is not None:
+        try:
+            if isinstance(request, Fill):
+                answer = fill_slot(worker, ring, ring.acquire(), memory, request, spec.rows_per_slot)
+            else:
+                answer = worker.decode(request)
+        except RingClosed:
+            return
+        except Exception as error:
+            traceback.print_exc()
+            answer = Failure(request_id=request.request_id, message=describe(error))
+        connection.send(answer)
+
+
+def _read(connection: wire.Connection, ring: Ring, requests: queue.SimpleQueue) -> None:
+    """The reader thread: lives as long as the trainer does, and not a second longer."""
+    parent = os.getppid()
+    try:
+        while os.getppid() == parent:  # a forked child of the trainer may keep the connection open after its death
+            match connection.receive(_PARENT_CHECK_S):
+                case Release(slot=slot, generation=generation):
+                    ring.release(slot, generation)
+                case Fill() | Decode() as request:
+                    requests.put(request)
+                case Shutdown():
+                    ring.close()
+                    requests.put(None)
+                case None:
+                    pass
+                case other:
+                    raise wire.WireError(f"the trainer sent {type(other).__name__}, which only a bridge sends")
+        print("the trainer has died", file=sys.stderr)
+    except EOFError:
+        print("the trainer has ended the connection", file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    exit_at_once()
+
+
+def exit_at_once() -> None:
+    """Ends this process and its children now, whatever its threads are doing."""
+    if os.getpgrp() == os.getpid():  # the client starts it as the leader of a group of its own
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
+def _follow_parent() -> None:
+    """SIGTERM is the kernel's word that the trainer has died; the one a scheduler sends to everybody is ignored.
+
+    (A trainer that gets SIGTERM saves, needs its bridge until then, and closes it.) The signal also comes when only the
+    thread that started the bridge ends, hence the look at the parent.
+    """
+    parent = os.getppid()
+    signal.signal(signal.SIGTERM, lambda *_: exit_at_once() if os.getppid() != parent else None)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m feature_bridge.server", description=__doc__.splitlines()[0])
+    parser.add_argument("--socket", required=True, help="Unix socket on which the trainer listens")
+    parser.add_argument("--worker", default=DEFAULT_WORKER, metavar="MODULE:CLASS", help="default: %(default)s")
+    args = parser.parse_args()
+    faulthandler.enable()
+    _follow_parent()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect(args.socket)
+    connection = wire.Connection(sock)
+    try:
+        serve(connection, wire.parse_spec(sys.stdin.buffer.read()), args.worker)
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(Failure(request_id=None, message=describe(error)))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

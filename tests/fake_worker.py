@@ -1,0 +1,119 @@
+"""A worker without index and target: what it writes into a slot follows from the request alone.
+
+It does as told by the request: split "eval" is an error of that request, and a row with sample id
+  SLEEP: fills half a slot and then takes for ever;
+  CRASH: ends the process with exit code 7;  SPAWN: starts a child that outlives it, and puts its id into the log.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+import time
+
+from feature_bridge.contracts import (
+    BridgeSpec,
+    DataSpec,
+    Decode,
+    Decoded,
+    DecodedSample,
+    FilledRow,
+    IndexTable,
+    Ready,
+    Row,
+    SlotLayout,
+    TargetInfo,
+    TargetSpec,
+)
+
+HIDDEN = 3
+SLEEP, CRASH, SPAWN = -1, -2, -3
+
+
+def make_spec(
+    rows=2, row_tokens=21, num_slots=2, feature_dtype="bfloat16", path="fake", transport="shared_memory", layers=(0, 2)
+) -> BridgeSpec:
+    return BridgeSpec(
+        target=TargetSpec(path=path, layer_ids=layers),
+        data=DataSpec(train_path="train.jsonl", max_length=row_tokens, min_supervised=4),
+        rows_per_slot=rows,
+        row_tokens=row_tokens,
+        num_slots=num_slots,
+        feature_dtype=feature_dtype,
+        transport=transport,
+    )
+
+
+class FakeWorker:
+    def __init__(self, spec: BridgeSpec):
+        print("target:", spec.target.path)
+        if spec.target.path == "missing":
+            raise ValueError("target.path='missing' does not exist:\n give a directory or a hub id")
+        if spec.target.path == "broken":
+            raise RuntimeError("out of luck")
+        if spec.target.path == "slow":
+            time.sleep(1000)
+        self._spec = spec
+        width = HIDDEN * len(spec.target.layer_ids)
+        table = IndexTable(
+            digest="d",
+            lengths=struct.pack("<2i", 5, 7),
+            supervised=struct.pack("<2i", 4, 4),
+            num_images=bytes([0, 1]),
+            sample_ids=("a", "b"),
+            skipped=(),
+            counts={"lines": 2},
+        )
+        info = TargetInfo(
+            path="fake", backend="fake 1", num_layers=4, hidden_size=HIDDEN, vocab_size=11, capture="layer_output"
+        )
+        self.ready = Ready(
+            schema_version=spec.schema_version,
+            target=info,
+            indexes={"train": table},
+            num_slots=spec.num_slots,
+            feature_width=width,
+        )
+        self._layout = SlotLayout(spec.rows_per_slot, spec.row_tokens, width, spec.feature_dtype)
+
+    def fill(self, split: str, rows: tuple[Row, ...], slot: memoryview) -> tuple[FilledRow, ...]:
+        if split == "eval":
+            raise ValueError("data.eval_path=None: there is nothing held out; set data.eval_fraction")
+        print("filling", [row.row_id for row in rows])
+        special = {sample for row in rows for sample in row.samples}
+        if SPAWN in special:
+            print("child", subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"]).pid)
+        if CRASH in special:
+            print("the last words")
+            os._exit(7)
+        for field in self._layout.fields:
+            slot[field.offset : field.offset + field.num_bytes] = field_bytes(field, rows)
+            if SLEEP in special:
+                time.sleep(1000)
+        return tuple(FilledRow(row_id=r.row_id, num_tokens=len(r.samples), samples=r.samples) for r in rows)
+
+    def decode(self, request: Decode) -> Decoded:
+        if request.draft_path == "missing":
+            raise FileNotFoundError(2, "no such draft", "missing")
+        samples = tuple(
+            DecodedSample(sample=s, tokens=(s, s + 1), target_tokens=(s, s + 1), accept_lens=(2,))
+            for s in request.samples
+        )
+        return Decoded(request_id=request.request_id, samples=samples, seconds=0.5)
+
+
+def field_values(field, rows: tuple[Row, ...]) -> list[int]:
+    """Small integers, exact in bfloat16, that differ by request, field and place."""
+    per_row = field.num_bytes // len(rows) // {"int32": 4, "uint8": 1, "float32": 4, "bfloat16": 2}[field.dtype]
+    shift = len(field.name)
+    return [(i + shift + 31 * row.row_id + sum(row.samples)) % 251 for row in rows for i in range(per_row)]
+
+
+def field_bytes(field, rows: tuple[Row, ...]) -> bytes:
+    values = field_values(field, rows)
+    if field.dtype == "bfloat16":  # the upper half of a float32
+        raw = struct.pack(f"<{len(values)}f", *values)
+        return b"".join(raw[i + 2 : i + 4] for i in range(0, len(raw), 4))
+    return struct.pack(f"<{len(values)}{dict(int32='i', uint8='B', float32='f')[field.dtype]}", *values)
