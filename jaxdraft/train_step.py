@@ -18,16 +18,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Int
 
 from jaxdraft.anchors import AnchorRule, sample_row_anchors
-from jaxdraft.losses import LossConfig, LossSums, accept_lengths, block_labels, loss_sums, num_samples
-from jaxdraft.model.dflash import DraftConfig, bind, block_input_embeddings, init_params, parameter_axes
-from jaxdraft.ops.linear_cross_entropy import linear_cross_entropy
+from jaxdraft.losses import LossConfig, LossSums
+from jaxdraft.model.dflash import DraftConfig, init_params, parameter_axes
+from jaxdraft.objective import Batch, Frozen, Params, Predictions, predict, unhealthy_rows
 from jaxdraft.optim import OptimConfig, learning_rate, make_optimizer
 from jaxdraft.sharding import ShardingRules, shardings
-
-Params = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,28 +55,6 @@ class StepConfig:
             raise ValueError(f"anchor_rule={self.anchor_rule!r} is unknown; choose head or pr505")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype={self.compute_dtype!r} is unknown; choose float32 or bfloat16")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One micro-batch of packed rows. Never donated: the features are borrowed memory."""
-
-    tokens: Int[Array, "r s"]
-    segment_start: Int[Array, "r s"]
-    loss_mask: UInt8[Array, "r s"]
-    features: Float[Array, "r s kh"]
-    num_tokens: Int[Array, " r"]
-    row_ids: Int[Array, " r"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Frozen:
-    """The target's embedding and LM head, both [v, h]; the same array where they are tied."""
-
-    embedding: Float[Array, "v h"]
-    head: Float[Array, "v h"]
 
 
 @jax.tree_util.register_dataclass
@@ -113,26 +89,6 @@ class TrainState:
     bad_batches: Int[Array, ""]
     samples: Int[Array, ""]
     tokens: Int[Array, " two"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalOutput:
-    """What evaluation at given anchors found.
-
-    Attributes:
-      accept_len: draft tokens accepted at each anchor, without the bonus token; 0 for invalid blocks.
-      predicted: the draft's token for slots 1..B-1.
-      hits: prediction equals the sample's own token; False beyond the sample's end.
-      supervised: slots that the loss counts.
-      sums: of these rows, to be added up over batches; `sums.metrics()` gives loss, accuracy, tau, ...
-    """
-
-    accept_len: Int[Array, "r n"]
-    predicted: Int[Array, "r n k"]
-    hits: Bool[Array, "r n k"]
-    supervised: Bool[Array, "r n k"]
-    sums: LossSums
 
 
 def tokens_seen(state: TrainState) -> int:
@@ -193,6 +149,7 @@ def make_train_step(
     optimizer step so far; bad_batch and bad_rows [r] of this micro-batch; learning_rate, grad_norm (NaN before the last
     micro-batch) and updated. `step.func` is the jitted function, whose first argument is `frozen`.
     """
+    objective = functools.partial(predict, draft=draft, loss=loss, **_compute_options(options))
     out_shardings = None
     if mesh is not None:
         out_shardings = (state_shardings(draft, optim, options, mesh), NamedSharding(mesh, PartitionSpec()))
@@ -213,9 +170,7 @@ def make_train_step(
         )
 
         def numerator(params):
-            nll, predicted, labels = _predict(params, frozen, batch, anchors, valid, draft, options)
-            samples = num_samples(batch.segment_start, batch.loss_mask, batch.num_tokens)
-            sums = loss_sums(nll, predicted, labels, valid, samples, loss)
+            sums = objective(params, frozen, batch, anchors, valid).sums
             return sums.numerator, sums
 
         (_, sums), grads = jax.value_and_grad(numerator, has_aux=True)(state.params)
@@ -239,66 +194,20 @@ def make_train_step(
 
 def make_eval_step(
     draft: DraftConfig, loss: LossConfig, options: StepConfig, frozen: Frozen
-) -> Callable[[Params, Batch, Int[Array, "r n"], Bool[Array, "r n"]], EvalOutput]:
-    """The step (params, batch, anchors, valid) -> EvalOutput, jitted; anchors of a row ascending, any fixed number."""
+) -> Callable[[Params, Batch, Int[Array, "r n"], Bool[Array, "r n"]], Predictions]:
+    """The step (params, batch, anchors, valid) -> Predictions, jitted; anchors of a row ascending, any fixed number."""
 
-    @jax.jit
-    def eval_step(frozen: Frozen, params: Params, batch: Batch, anchors: Array, valid: Array):
-        nll, predicted, labels = _predict(params, frozen, batch, anchors, valid, draft, options)
-        samples = num_samples(batch.segment_start, batch.loss_mask, batch.num_tokens)
-        hits = labels.inside & (predicted == labels.tokens)
-        return EvalOutput(
-            accept_len=accept_lengths(hits),
-            predicted=predicted,
-            hits=hits,
-            supervised=labels.supervised,
-            sums=loss_sums(nll, predicted, labels, valid, samples, loss),
-        )
+    eval_step = jax.jit(functools.partial(predict, draft=draft, loss=loss, **_compute_options(options)))
 
-    return functools.partial(eval_step, frozen)
+    def at_anchors(params: Params, batch: Batch, anchors: Array, valid: Array) -> Predictions:
+        return eval_step(params, frozen, batch, anchors, valid)
+
+    return at_anchors
 
 
-def unhealthy_rows(batch: Batch, hidden_size: int) -> Bool[Array, " r"]:
-    """Rows with features that are not finite, or all zero in some captured layer at a supervised token.
-
-    Zeros at unsupervised tokens are allowed: a sample that failed late is masked out of its row and has none.
-    """
-    r, s, width = batch.features.shape
-    peak_rsl = jnp.max(jnp.abs(batch.features).reshape(r, s, width // hidden_size, hidden_size), axis=-1)
-    inside = jnp.arange(s) < batch.num_tokens[:, None]
-    dead = jnp.any(peak_rsl == 0, axis=-1) & (batch.loss_mask > 0)
-    return jnp.any(inside & (dead | ~jnp.all(jnp.isfinite(peak_rsl), axis=-1)), axis=1)
-
-
-def _predict(params, frozen, batch, anchors, valid, draft, options):
-    """(nll [r, n, k], predicted [r, n, k], labels) of the slots 1..B-1 of every block."""
-    if batch.features.shape[-1] != draft.feature_size:
-        raise ValueError(
-            f"features are {batch.features.shape[-1]} wide but the draft reads {len(draft.target_layer_ids)} layers of "
-            f"{draft.hidden_size}; capture the layers {draft.target_layer_ids}"
-        )
-    model = bind(draft, params, jnp.dtype(options.compute_dtype))
-    hidden_rnbh = model(
-        block_input_embeddings(frozen.embedding, batch.tokens, anchors, valid, draft),
-        model.context(batch.features),
-        anchors=anchors,
-        valid=valid,
-        segment_start=batch.segment_start,
-        implementation=options.attention,
-    )
-    labels = block_labels(
-        batch.tokens, batch.loss_mask, batch.segment_start, batch.num_tokens, anchors, valid, draft.block_size
-    )
-    r, n, k = labels.tokens.shape
-    nll, predicted = linear_cross_entropy(
-        hidden_rnbh[:, :, 1:].reshape(r, n * k, draft.hidden_size),
-        frozen.head.astype(hidden_rnbh.dtype),
-        labels.tokens.reshape(r, n * k),
-        multiplier=draft.output_multiplier,
-        softcap=draft.final_logit_softcapping,
-        chunk_tokens=options.head_chunk_tokens,
-    )
-    return nll.reshape(r, n, k), predicted.reshape(r, n, k), labels
+def _compute_options(options: StepConfig) -> dict[str, Any]:
+    names = ("compute_dtype", "attention", "head_chunk_tokens")
+    return {name: getattr(options, name) for name in names}
 
 
 def _accumulate(state: TrainState, grads: Params, sums: LossSums, optim: OptimConfig, options: StepConfig):

@@ -1,0 +1,128 @@
+"""What a step computes from one micro-batch of packed rows: the draft's predictions at given anchors, and its losses.
+
+Dim suffixes: r rows, s tokens of a row, n blocks, b slots, k predicted slots (b - 1), h model width, kh feature width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from jaxdraft.losses import LossConfig, LossSums, accept_lengths, block_labels, loss_sums, num_samples
+from jaxdraft.model.dflash import DraftConfig, bind, block_input_embeddings
+from jaxdraft.ops.linear_cross_entropy import linear_cross_entropy
+
+Params = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch of packed rows. Never donated: the features are borrowed memory."""
+
+    tokens: Int[Array, "r s"]
+    segment_start: Int[Array, "r s"]
+    loss_mask: UInt8[Array, "r s"]
+    features: Float[Array, "r s kh"]
+    num_tokens: Int[Array, " r"]
+    row_ids: Int[Array, " r"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """The target's embedding and LM head, both [v, h]; the same array where they are tied."""
+
+    embedding: Float[Array, "v h"]
+    head: Float[Array, "v h"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What the draft predicts at given anchors.
+
+    Attributes:
+      accept_len: draft tokens accepted at each anchor, without the bonus token; 0 for invalid blocks.
+      predicted: the draft's token for slots 1..B-1.
+      hits: prediction equals the sample's own token; False beyond the sample's end.
+      supervised: slots that the loss counts.
+      sums: of these rows, to be added up over batches; `sums.metrics()` gives loss, accuracy, tau, ...
+    """
+
+    accept_len: Int[Array, "r n"]
+    predicted: Int[Array, "r n k"]
+    hits: Bool[Array, "r n k"]
+    supervised: Bool[Array, "r n k"]
+    sums: LossSums
+
+
+def predict(
+    params: Params,
+    frozen: Frozen,
+    batch: Batch,
+    anchors: Int[Array, "r n"],
+    valid: Bool[Array, "r n"],
+    *,
+    draft: DraftConfig,
+    loss: LossConfig,
+    compute_dtype: str = "bfloat16",
+    attention: str = "auto",
+    head_chunk_tokens: int | None = None,
+) -> Predictions:
+    """The draft on the blocks at these anchors, and its losses; pure, differentiable in `params` through the sums.
+
+    Raises:
+      ValueError: the features are not as wide as the draft reads.
+    """
+    if batch.features.shape[-1] != draft.feature_size:
+        raise ValueError(
+            f"features are {batch.features.shape[-1]} wide but the draft reads {len(draft.target_layer_ids)} layers of "
+            f"{draft.hidden_size}; capture the layers {draft.target_layer_ids}"
+        )
+    anchors = jnp.where(valid, anchors, 0)
+    model = bind(draft, params, jnp.dtype(compute_dtype))
+    hidden_rnbh = model(
+        block_input_embeddings(frozen.embedding, batch.tokens, anchors, valid, draft),
+        model.context(batch.features),
+        anchors=anchors,
+        valid=valid,
+        segment_start=batch.segment_start,
+        implementation=attention,
+    )
+    labels = block_labels(
+        batch.tokens, batch.loss_mask, batch.segment_start, batch.num_tokens, anchors, valid, draft.block_size
+    )
+    nll, predicted = linear_cross_entropy(
+        hidden_rnbh[:, :, 1:].reshape(len(anchors), -1, draft.hidden_size),
+        frozen.head.astype(hidden_rnbh.dtype),
+        labels.tokens.reshape(len(anchors), -1),
+        multiplier=draft.output_multiplier,
+        softcap=draft.final_logit_softcapping,
+        chunk_tokens=head_chunk_tokens,
+    )
+    nll, predicted = (x.reshape(labels.tokens.shape) for x in (nll, predicted))
+    hits = labels.inside & (predicted == labels.tokens)
+    samples = num_samples(batch.segment_start, batch.loss_mask, batch.num_tokens)
+    return Predictions(
+        accept_len=accept_lengths(hits),
+        predicted=predicted,
+        hits=hits,
+        supervised=labels.supervised,
+        sums=loss_sums(nll, predicted, labels, valid, samples, loss),
+    )
+
+
+def unhealthy_rows(batch: Batch, hidden_size: int) -> Bool[Array, " r"]:
+    """Rows with features that are not finite, or all zero in some captured layer at a supervised token.
+
+    Zeros at unsupervised tokens are allowed: a sample that failed late is masked out of its row and has none.
+    """
+    r, s, width = batch.features.shape
+    peak_rsl = jnp.max(jnp.abs(batch.features).reshape(r, s, width // hidden_size, hidden_size), axis=-1)
+    inside = jnp.arange(s) < batch.num_tokens[:, None]
+    dead = jnp.any(peak_rsl == 0, axis=-1) & (batch.loss_mask > 0)
+    return jnp.any(inside & (dead | ~jnp.all(jnp.isfinite(peak_rsl), axis=-1)), axis=1)
