@@ -1,0 +1,208 @@
+"""Real greedy speculative decoding, to measure a draft, and the target's own greedy decoding beside it.
+
+    prefill -> the answer's first token, the first anchor
+    draft proposes B-1 tokens -> one extend over prompt + answer so far + proposal -> accept the n that the target
+    agrees with and add its own next token, the next anchor -> ... -> end of turn, or the limit
+
+Every extend is a prefill from the start. That costs more than decoding with a cache and needs none: cutting rejected
+tokens out of a cache goes wrong silently with linear-attention layers. Conversations advance together, with one ragged
+extend a round. The counting is that of `jaxdraft.replay`.
+
+Legend: N conversations, A context tokens = the anchor's position, B block slots, W feature width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from feature_bridge import samples
+from feature_bridge.contracts import Decode, Decoded, DecodedSample
+from feature_bridge.index import Index
+from feature_bridge.processors import Processor
+from feature_bridge.samples import Sample
+from feature_bridge.targets.base import Grid, Request, Target, placeholder_ids
+from feature_bridge.torch_draft import TorchDraft
+
+
+def decode(target: Target, index: Index, request: Decode) -> Decoded:
+    """Decode the last turn of held-out conversations with an exported draft, and by the target alone.
+
+    Raises:
+      ValueError: no such draft, or one for other layers.
+      MediaError: a conversation's pictures are gone or broken.
+    """
+    start = time.monotonic()
+    embedding = target.embed([0])
+    draft = TorchDraft.load(request.draft_path, dtype=embedding.dtype, device=embedding.device)
+    propose = draft_proposer(draft, target)
+    prompts = [prompt_of(index.sample(position), index.processor) for position in request.samples]
+    stop = index.processor.eos_token_ids
+    generated = speculate(target, propose, prompts, stop, request.max_new_tokens)
+    alone = greedy(target, prompts, stop, request.max_new_tokens)
+    return Decoded(
+        request_id=request.request_id,
+        samples=tuple(
+            DecodedSample(sample=position, tokens=g.tokens, target_tokens=tokens, accept_lens=g.accept_lens)
+            for position, g, tokens in zip(request.samples, generated, alone, strict=True)
+        ),
+        seconds=time.monotonic() - start,
+    )
+
+
+def prompt_of(sample: Sample, processor: Processor) -> Request:
+    """What the sample's last answer follows: its tokens through the generation prompt, and the pictures among them.
+
+    Raises MediaError: a picture is gone or broken.
+    """
+    end, _ = sample.last_answer
+    pixels, grids = samples.render_inputs(sample, processor)
+    grids = tuple(Grid(*grid) for grid, span in zip(grids, sample.image_spans, strict=True) if span[1] <= end)
+    if pixels is not None:
+        pixels = torch.from_numpy(pixels[: sum(grid.num_patches for grid in grids)])
+    return Request(tokens=sample.tokens[:end], pixel_values=pixels if grids else None, image_grids=grids)
+
+
+class Proposer(Protocol):
+    """A draft as the decoder sees it."""
+
+    def __call__(self, tokens: list[int], features: Tensor) -> list[int]:
+        """B-1 tokens proposed to follow `tokens`, whose last is the anchor, from the features [A, W] before it."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer through its end-of-turn token, and the draft tokens accepted in each verify call."""
+
+    tokens: tuple[int, ...]
+    accept_lens: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class _Conversation:
+    prompt: Request
+    limit: int  # tokens it may generate
+    answer: list[int] = field(default_factory=list)
+    accept_lens: list[int] = field(default_factory=list)
+    features: Tensor | None = None  # of prompt and answer without its last token, the anchor
+    stopped: bool = False
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt.tokens.tolist() + self.answer
+
+    def request(self, tokens: list[int]) -> Request:
+        return dataclasses.replace(self.prompt, tokens=np.asarray(tokens, np.int32))
+
+    def append(self, tokens: list[int], stop: Collection[int]) -> int:
+        """Add generated tokens up to the end of the turn or the limit; how many were added."""
+        added = 0
+        for token in tokens:
+            self.answer.append(token)
+            added += 1
+            self.stopped = token in stop or len(self.answer) == self.limit
+            if self.stopped:
+                break
+        return added
+
+
+def speculate(
+    target: Target, propose: Proposer, prompts: Sequence[Request], stop: Collection[int], max_new_tokens: int
+) -> list[Generated]:
+    """Greedy speculative decoding of every prompt, whatever the draft proposes.
+
+    Args:
+      prompts: through the generation prompt; their pictures are all in there.
+      stop: token ids that end a turn. A placeholder of a picture ends it as well: a target cannot read it as text.
+      max_new_tokens: of each answer.
+    """
+    conversations = _start(target, prompts, max_new_tokens)
+    placeholders = placeholder_ids(target.config)
+    stop = placeholders | set(stop)
+    _prefill(target, conversations, stop)
+    while active := [c for c in conversations if not c.stopped]:
+        proposals = [_usable(propose(c.tokens, c.features), c, placeholders) for c in active]
+        requests = [c.request(c.tokens + proposal) for c, proposal in zip(active, proposals, strict=True)]
+        for c, proposal, (features, choices) in zip(
+            active, proposals, _extend(target, requests, [len(p) + 1 for p in proposals]), strict=True
+        ):
+            agreed = [drafted == chosen for drafted, chosen in zip(proposal, choices, strict=False)]
+            accepted = agreed.index(False) if False in agreed else len(agreed)
+            added = c.append([*proposal[:accepted], choices[accepted]], stop)
+            c.accept_lens.append(min(accepted, added))
+            c.features = features[: len(c.tokens) - 1]
+    return [Generated(tuple(c.answer), tuple(c.accept_lens)) for c in conversations]
+
+
+def greedy(
+    target: Target, prompts: Sequence[Request], stop: Collection[int], max_new_tokens: int
+) -> list[tuple[int, ...]]:
+    """The target's own greedy answers, a token an extend, without any draft. Arguments as of `speculate`."""
+    conversations = _start(target, prompts, max_new_tokens)
+    stop = placeholder_ids(target.config) | set(stop)
+    while active := [c for c in conversations if not c.stopped]:
+        requests = [c.request(c.tokens) for c in active]
+        for c, (_, choices) in zip(active, _extend(target, requests, [1] * len(active)), strict=True):
+            c.append(choices, stop)
+    return [tuple(c.answer) for c in conversations]
+
+
+def draft_proposer(draft: TorchDraft, target: Target) -> Proposer:
+    """The exported draft, between the target's own embedding and head.
+
+    Raises:
+      ValueError: the draft reads other layers than the target captures.
+    """
+    shape = draft.shape
+    if shape.target_layer_ids != target.layer_ids:
+        raise ValueError(
+            f"the draft reads layers {list(shape.target_layer_ids)} but target.layer_ids={list(target.layer_ids)}; "
+            "start the bridge with the draft's own layers"
+        )
+    masks = [shape.mask_token_id] * (shape.block_size - 1)
+    dtype = draft.weights["norm.weight"].dtype
+
+    @torch.inference_mode()
+    def propose(tokens: list[int], features: Tensor) -> list[int]:
+        embedding_bh = target.embed([tokens[-1], *masks]).to(dtype) * shape.input_embedding_scale
+        hidden_bh = draft(embedding_bh, features.to(dtype))
+        return draft.scale_logits(target.logits(hidden_bh[1:])).argmax(-1).tolist()
+
+    return propose
+
+
+def _start(target: Target, prompts: Sequence[Request], max_new_tokens: int) -> list[_Conversation]:
+    limits = [min(max_new_tokens, target.max_tokens - len(prompt.tokens)) for prompt in prompts]
+    assert all(limit > 0 for limit in limits), "a prompt fills the target's whole context"
+    return [_Conversation(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
+
+
+def _usable(proposal: list[int], conversation: _Conversation, placeholders: Collection[int]) -> list[int]:
+    """What of a proposal can be verified: not beyond the limit, and no placeholder, which is never accepted."""
+    wrong = (k for k, token in enumerate(proposal) if token in placeholders)
+    return proposal[: min(conversation.limit - len(conversation.answer), next(wrong, len(proposal)))]
+
+
+def _prefill(target: Target, conversations: list[_Conversation], stop: Collection[int]) -> None:
+    prompts = [c.prompt for c in conversations]
+    for c, (features, choices) in zip(conversations, _extend(target, prompts, [1] * len(prompts)), strict=True):
+        c.append(choices, stop)
+        c.features = features
+
+
+def _extend(target: Target, requests: list[Request], num_last: list[int]) -> list[tuple[Tensor, list[int]]]:
+    """Per request its features, and the target's greedy choice after each of its last `num_last` tokens."""
+    if not requests:
+        return []
+    extended = target.extend(requests, last_hidden=True)
+    lengths = [len(request.tokens) for request in requests]
+    last = [states[-num:] for states, num in zip(extended.hidden.split(lengths), num_last, strict=True)]
+    choices = target.logits(torch.cat(last)).argmax(-1).split(num_last)
+    return [(f, chosen.tolist()) for f, chosen in zip(extended.features.split(lengths), choices, strict=True)]
