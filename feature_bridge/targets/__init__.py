@@ -1,0 +1,108 @@
+"""The frozen targets behind one protocol: `load_target(spec)`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from feature_bridge.contracts import BridgeSpec, TargetSpec
+from feature_bridge.targets import sglang_versions
+from feature_bridge.targets.base import Target, check_layer_ids
+from feature_bridge.targets.probe import check_layer_contract
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_FROZEN_MODULES = ("embed_tokens", "lm_head")  # the trainer reads them as plain matrices
+
+
+def load_target(spec: BridgeSpec) -> Target:
+    """The target that `spec` asks for, its layer contract checked if `spec.target.verify`.
+
+    Raises:
+      ValueError: no such model, layers that cannot be captured, a quantised embedding or head, samples longer than the
+        target's context, or features that are not what was asked for.
+    """
+    directory = resolve_directory(spec.target)
+    config = _read_config(directory)
+    text = config.get("text_config", config)
+    check_layer_ids(spec.target.layer_ids, text["num_hidden_layers"])
+    check_not_quantised(directory)
+    context = text.get("max_position_embeddings")
+    if context is not None and spec.data.max_length > context:
+        raise ValueError(
+            f"data.max_length={spec.data.max_length} is longer than the target's context of {context} tokens; lower it"
+        )
+
+    max_tokens = spec.row_tokens + spec.data.max_length  # a row, or a sample and what is decoded after it
+    backend, version = spec.target.backend, sglang_versions.installed_version()
+    if backend == "auto":
+        backend = "sglang" if version is not None else "huggingface"
+        why = "installed" if version is not None else "SGLang is not installed"
+        print(f"target.backend=auto: {backend} ({why})", flush=True)
+    if backend == "sglang":
+        if version is None:
+            raise ValueError(
+                "target.backend='sglang' but SGLang is not installed in the bridge's Python; "
+                "install it or use 'huggingface'"
+            )
+        from feature_bridge.targets.sglang import SGLangTarget
+
+        target: Any = SGLangTarget(spec.target, directory, max_tokens=max_tokens)
+        declared = target.info.capture if target.capture_is_known else None
+    else:
+        from feature_bridge.targets.huggingface import HuggingFaceTarget
+
+        target = HuggingFaceTarget(spec.target, directory, max_tokens=max_tokens)
+        declared = target.info.capture
+    if spec.target.verify:
+        target.info = replace(target.info, capture=check_layer_contract(target, declared))
+    return target
+
+
+def resolve_directory(spec: TargetSpec) -> Path:
+    """The local directory of the model, downloaded first where `path` is a hub id."""
+    directory = Path(spec.path)
+    if directory.is_dir():
+        return directory
+    if directory.is_absolute() or spec.path.count("/") != 1 or spec.path.startswith("."):
+        raise ValueError(f"target.path={spec.path!r} does not exist; give a model directory or a hub id (org/name)")
+    if spec.revision is None:
+        raise ValueError(
+            f"target.path={spec.path!r} is no directory, and as a hub id it needs target.revision; pin a commit"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(spec.path, revision=spec.revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"target.path={spec.path!r} at target.revision={spec.revision!r} could not be downloaded "
+            f"({type(error).__name__}); check both, or give a local directory"
+        ) from error
+
+
+def check_not_quantised(directory: Path) -> None:
+    """Raises ValueError if the embedding or the LM head is stored as anything but one matrix of floats."""
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                *_, module, parameter = ("", *name.split("."))
+                if module not in _FROZEN_MODULES:
+                    continue
+                dtype = tensors.get_slice(name).get_dtype()
+                if parameter != "weight" or dtype not in _FLOATS:
+                    raise ValueError(
+                        f"target.path={str(directory)!r} has a quantised {module} ({name}, {dtype}), which the draft "
+                        f"cannot share; use a checkpoint that keeps {' and '.join(_FROZEN_MODULES)} in floating point"
+                    )
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    file = directory / "config.json"
+    if not file.is_file():
+        raise ValueError(f"target.path={str(directory)!r} has no config.json; give a complete model directory")
+    return json.loads(file.read_text())

@@ -33,7 +33,7 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """One sample for the target. `tokens` are the chat template's ids, with one placeholder token an image embedding."""
+    """One sample for the target. `tokens` are the chat template's ids, a placeholder for every image embedding."""
 
     tokens: Int32[np.ndarray, " T"]
     pixel_values: Float[Tensor, "patches patch_dim"] | None = None  # the pictures' patches, one after the other
@@ -73,7 +73,7 @@ class Target(Protocol):
         """The target's own token embeddings, on its device and in its dtype."""
 
 
-# --- reading a config --------------------------------------------------------------------------------------------------
+# --- reading a config ------------------------------------------------------------------------------------------------
 
 
 def text_config(config: Any) -> Any:
@@ -82,7 +82,7 @@ def text_config(config: Any) -> Any:
 
 
 def has_deepstack(config: Any) -> bool:
-    """Whether visual features are added between decoder layers, so that a layer's output is not the next one's input."""
+    """Whether visual features are added between decoder layers: a layer's output is then not the next one's input."""
     return bool(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None))
 
 
@@ -98,29 +98,31 @@ def patch_dim(vision_config: Any) -> int:
     return channels * vision_config.temporal_patch_size * vision_config.patch_size**2
 
 
-# --- checks ------------------------------------------------------------------------------------------------------------
+# --- checks ----------------------------------------------------------------------------------------------------------
 
 
 def check_layer_ids(layer_ids: Sequence[int], num_layers: int) -> None:
     """Raises ValueError unless ids are ascending and the output of each is the input of a later layer."""
     if not layer_ids or list(layer_ids) != sorted(set(layer_ids)):
         raise ValueError(
-            f"target.layer_ids={list(layer_ids)} must be ascending and distinct: targets capture in layer order, so list "
-            f"them that way"
+            f"draft.target_layer_ids={list(layer_ids)} must be ascending and distinct: targets capture "
+            f"in layer order, so list them that way"
         )
     if layer_ids[0] < 0 or layer_ids[-1] > num_layers - 2:
         raise ValueError(
-            f"target.layer_ids={list(layer_ids)} must lie in [0, {num_layers - 2}]: the target has {num_layers} layers and "
-            f"its last layer's output cannot be captured"
+            f"draft.target_layer_ids={list(layer_ids)} must lie in [0, {num_layers - 2}]: the target has {num_layers} "
+            f"layers and its last layer's output cannot be captured"
         )
 
 
-def image_spans(request: Request, config: Any) -> list[tuple[int, int]]:
+def check_request(request: Request, config: Any, max_tokens: int) -> list[tuple[int, int]]:
     """First and one-past-last token of each picture's placeholders, in order.
 
     Raises:
-      ValueError: the placeholder tokens, the grids and the pixel values do not fit each other, or an id is no token.
+      ValueError: too long, an id that is no token, or placeholders, grids and pixel values that do not fit each other.
     """
+    if len(request.tokens) > max_tokens:
+        raise ValueError(f"a request of {len(request.tokens)} tokens, and the target takes at most {max_tokens}")
     tokens, vocab_size = request.tokens, text_config(config).vocab_size
     if not len(tokens) or tokens.min() < 0 or tokens.max() >= vocab_size:
         raise ValueError(f"a request needs tokens with ids in [0, {vocab_size}), and got {_extremes(tokens)}")
@@ -151,7 +153,7 @@ def _extremes(tokens: np.ndarray) -> str:
     return f"{tokens.min()} to {tokens.max()}" if len(tokens) else "none"
 
 
-# --- capturing from the layers themselves ------------------------------------------------------------------------------
+# --- capturing from the layers themselves ----------------------------------------------------------------------------
 
 
 class LayerStates:

@@ -20,8 +20,8 @@ from feature_bridge.targets.base import (
     Extended,
     LayerStates,
     Request,
+    check_request,
     has_deepstack,
-    image_spans,
     join,
     text_config,
 )
@@ -80,11 +80,7 @@ class HuggingFaceTarget:
         return self._model.get_input_embeddings()(torch.tensor(tokens, device=self._model.device))
 
     def _inputs(self, request: Request) -> dict[str, Any]:
-        spans = image_spans(request, self.config)
-        if len(request.tokens) > self.max_tokens:
-            raise ValueError(
-                f"a request of {len(request.tokens)} tokens, but the target was started for {self.max_tokens}"
-            )
+        spans = check_request(request, self.config, self.max_tokens)
         device = self._model.device
         tokens = torch.from_numpy(request.tokens).long()[None].to(device)
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}

@@ -1,10 +1,10 @@
 """The target inside SGLang: its own ModelRunner in this process, one ragged extend over a whole row.
 
     tokens, pictures --> Req per sample --> ScheduleBatch, ForwardBatch --> runner.forward --> captured layers
-                                                                                 (pre-hook on the logits processor)
+                                                                (seen by a pre-hook on the logits processor)
 
-What differs between releases is in `sglang_versions`. Pictures go in as one item each, hashed by pixels and grid, so that
-SGLang's cache of image embeddings can be kept from row to row and never gives one picture's embedding to another.
+What differs between releases is in `sglang_versions`. Pictures go in as one item each, hashed by pixels and grid: so
+SGLang's cache of image embeddings is kept from row to row and never gives one picture's embedding to another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from feature_bridge.contracts import TargetInfo, TargetSpec
 from feature_bridge.targets import sglang_versions as versions
-from feature_bridge.targets.base import Extended, Grid, Request, has_deepstack, image_spans, join, text_config
+from feature_bridge.targets.base import Extended, Grid, Request, check_request, has_deepstack, join, text_config
 
 MAX_REQUESTS = 32  # of one extend; a row of more samples takes several. State memory of linear attention grows with it
 EMBEDDING_CACHE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -30,8 +30,11 @@ EMBEDDING_CACHE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 class SGLangTarget:
     """See `base.Target`. One per process: SGLang keeps its parallel state and settings in globals."""
 
-    def __init__(self, spec: TargetSpec, directory: Path, *, max_tokens: int, pool_tokens: int):
-        """Load the model. `max_tokens` of one request and `pool_tokens` of one extend size the key-value pool."""
+    def __init__(self, spec: TargetSpec, directory: Path, *, max_tokens: int):
+        """Load the model. `max_tokens` is what one extend may hold: it sizes the key-value pool.
+
+        Raises ValueError for ServerArgs that SGLang does not know and for models whose layers it cannot capture.
+        """
         device = "cuda" if torch.cuda.is_available() else "cpu"
         versions.set_environment(device)
         stand_ins: tuple[str, ...] = ()
@@ -43,18 +46,20 @@ class SGLangTarget:
         assert version is not None
         release = versions.release_of(version)
 
-        wanted = _server_args(spec, directory, device, pool_tokens)
-        self._runner = versions.start_runner(versions.server_args(wanted, spec.sglang_args))
-        if stand_ins:
-            cpu_stand_ins.use_in_sglang()
+        with versions.quiet_start():
+            args = versions.server_args(_server_args(spec, directory, device, max_tokens), spec.sglang_args)
+            if stand_ins:
+                cpu_stand_ins.use_in_sglang()
+            self._runner = versions.start_runner(args)
         versions.start_embedding_cache(EMBEDDING_CACHE_BYTES[device])
         self._tree_cache = versions.allocation_without_reuse(self._runner)
         self._model = self._runner.model.eval()
         self.config = self._runner.model_config.hf_config
         self.layer_ids = spec.layer_ids
-        self.max_tokens = max_tokens
-        self._pool_tokens = pool_tokens
+        self.max_tokens = min(max_tokens, self._runner.model_config.context_len)
         text = text_config(self.config)
+        capture = release.deepstack_capture if has_deepstack(self.config) else "layer_output"
+        self.capture_is_known = capture is not None
         self.setter = versions.capture_layers(self._model, self.config.model_type, spec.layer_ids)
         self.info = TargetInfo(
             path=str(directory),
@@ -62,7 +67,7 @@ class SGLangTarget:
             num_layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,
             vocab_size=text.vocab_size,
-            capture=release.deepstack_capture if has_deepstack(self.config) else "layer_output",
+            capture=capture if capture is not None else "layer_output",
             stand_ins=stand_ins,
         )
         if getattr(self.config, "vision_config", None) is not None:
@@ -80,7 +85,7 @@ class SGLangTarget:
     @torch.no_grad()
     def extend(self, requests: Sequence[Request], *, last_hidden: bool = False) -> Extended:
         """See `base.Target.extend`. More requests or tokens than the pools hold take several extends."""
-        outputs = [self._extend(group, last_hidden) for group in _groups(requests, self._pool_tokens)]
+        outputs = [self._extend(group, last_hidden) for group in _groups(requests, self.max_tokens)]
         hidden = join([output.hidden for output in outputs if output.hidden is not None]) if last_hidden else None
         return Extended(join([output.features for output in outputs]), hidden)
 
@@ -114,11 +119,7 @@ class SGLangTarget:
         from sglang.srt.managers.schedule_batch import Req
         from sglang.srt.sampling.sampling_params import SamplingParams
 
-        spans = image_spans(request, self.config)
-        if len(request.tokens) > self.max_tokens:
-            raise ValueError(
-                f"a request of {len(request.tokens)} tokens, but the target was started for {self.max_tokens}"
-            )
+        spans = check_request(request, self.config, self.max_tokens)
         ids, pictures = request.tokens.tolist(), None
         if spans:
             ids, pictures = self._pictures(request, spans)
@@ -172,7 +173,7 @@ class SGLangTarget:
 def content_hash(pixels: Float[Tensor, "patches patch_dim"], grid: Sequence[int]) -> int:
     """64 bits of a picture's pixels *and grid*.
 
-    SGLang hashes pixels alone: a plain-coloured picture of 4 x 6 patches would then share the embedding of one of 6 x 4.
+    SGLang hashes pixels alone: a picture of one colour, 4 x 6 patches, would then share the embedding of one of 6 x 4.
     """
     digest = hashlib.blake2b(repr(tuple(grid)).encode(), digest_size=8)
     digest.update(pixels.contiguous().cpu().view(torch.uint8).numpy())
@@ -192,19 +193,19 @@ def _one_by_one(get_image_feature: Any) -> Any:
     return one_by_one
 
 
-def _groups(requests: Sequence[Request], pool_tokens: int) -> list[list[Request]]:
+def _groups(requests: Sequence[Request], max_tokens: int) -> list[list[Request]]:
     groups: list[list[Request]] = []
     tokens = 0
     for request in requests:
         tokens += len(request.tokens)
-        if not groups or tokens > pool_tokens or len(groups[-1]) == MAX_REQUESTS:
+        if not groups or tokens > max_tokens or len(groups[-1]) == MAX_REQUESTS:
             groups.append([])
             tokens = len(request.tokens)
         groups[-1].append(request)
     return groups
 
 
-def _server_args(spec: TargetSpec, directory: Path, device: str, pool_tokens: int) -> dict[str, Any]:
+def _server_args(spec: TargetSpec, directory: Path, device: str, max_tokens: int) -> dict[str, Any]:
     """Prefill only: no decoding, no graphs, no reuse of prefixes, pools for one extend."""
     common = {
         "model_path": str(directory),
@@ -216,7 +217,7 @@ def _server_args(spec: TargetSpec, directory: Path, device: str, pool_tokens: in
         "disable_radix_cache": True,
         "disable_overlap_schedule": True,
         "chunked_prefill_size": -1,
-        "max_total_tokens": pool_tokens,
+        "max_total_tokens": max_tokens,
         "max_running_requests": MAX_REQUESTS,
         "mem_fraction_static": 0.5,
         "tp_size": 1,

@@ -1,18 +1,21 @@
 """Everything that differs between SGLang's releases: one table, and functions that look at signatures.
 
-Written against, and run with, the releases of `RELEASES`. Another release is warned about and tried: the start-up probe
-then decides. Nothing here imports sglang before it is asked to, so that `set_environment` and the CPU stand-ins come first.
+Written against, and run with, the releases of `RELEASES`. Another release is warned about and tried: the start-up
+probe then decides. Nothing here imports sglang before it is asked to: `set_environment` and the CPU stand-ins come
+first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
 import inspect
+import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +26,8 @@ from feature_bridge.targets.base import Capture
 class Release:
     """What the code cannot see by looking at a release."""
 
-    deepstack_capture: Capture  # what a captured state means where deepstack adds to the hidden states between layers
+    # What a captured state means where deepstack adds to the hidden states between layers. None: not known.
+    deepstack_capture: Capture | None
 
 
 BEFORE_DEEPSTACK = Release(deepstack_capture="layer_output")
@@ -37,8 +41,8 @@ RELEASES = {
     "0.5.23": AFTER_DEEPSTACK,
 }
 
-# Which of a model's two setters captures. The dflash setter of Qwen3-VL calls one that its inner model lacks; the eagle3
-# setter of Qwen3.5 sets what its layers do not read (0.5.20). Families not named here: dflash, else eagle3.
+# Which of a model's two setters captures. The dflash setter of Qwen3-VL calls one that its inner model lacks; the
+# eagle3 setter of Qwen3.5 sets what its layers do not read (0.5.20). Families not named here: dflash, else eagle3.
 DFLASH_SETTER, EAGLE3_SETTER = "set_dflash_layers_to_capture", "set_eagle3_layers_to_capture"
 SETTERS = {"qwen3_vl": EAGLE3_SETTER, "qwen3_vl_moe": EAGLE3_SETTER, "qwen2_5_vl": EAGLE3_SETTER}
 
@@ -51,16 +55,16 @@ def installed_version() -> str | None:
 
 
 def release_of(version: str) -> Release:
-    """The table's entry. An unknown version is warned about and taken for the newest known."""
+    """The table's entry. An unknown version is warned about, and what it captures is left to the probe."""
     base = version.split("+")[0].split(".post")[0]
     if base in RELEASES:
         return RELEASES[base]
     warnings.warn(
-        f"SGLang {version} is not one of the versions this was run with ({', '.join(RELEASES)}); the probe batch at start "
-        f"decides whether its features can be used",
+        f"SGLang {version} is not one of the versions this was run with ({', '.join(RELEASES)}); the probe batch at "
+        f"start decides whether its features can be used",
         stacklevel=2,
     )
-    return AFTER_DEEPSTACK
+    return Release(deepstack_capture=None)
 
 
 def set_environment(device: str) -> None:
@@ -72,7 +76,21 @@ def set_environment(device: str) -> None:
     os.environ["SGLANG_MM_SKIP_COMPUTE_HASH"] = "0"
 
 
-# --- starting ----------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def quiet_start() -> Iterator[None]:
+    """Without what SGLang says about models and kernels that this machine could not run and nobody asked for."""
+    registry = logging.getLogger("sglang.srt.models.registry")
+    level = registry.level
+    registry.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        registry.setLevel(level)
+
+
+# --- starting --------------------------------------------------------------------------------------------------------
 
 
 def server_args(wanted: dict[str, Any], extra: dict[str, Any]) -> Any:
@@ -169,12 +187,12 @@ def capture_layers(model: Any, model_type: str, layer_ids: Sequence[int]) -> str
             setter([l + 1 for l in layer_ids] if is_inner else list(layer_ids))
             return name
     raise ValueError(
-        f"SGLang {installed_version()} cannot capture hidden states of {type(model).__name__} (no {' or '.join(names)}); "
-        f"use target.backend='huggingface' or another SGLang version"
+        f"SGLang {installed_version()} cannot capture hidden states of {type(model).__name__} (no "
+        f"{' or '.join(names)}); use target.backend='huggingface' or another SGLang version"
     )
 
 
-# --- one extend --------------------------------------------------------------------------------------------------------
+# --- one extend ------------------------------------------------------------------------------------------------------
 
 
 def prefill_whole(req: Any) -> None:
@@ -190,7 +208,7 @@ def prefill_whole(req: Any) -> None:
 
 
 def allocation_without_reuse(runner: Any) -> Any:
-    """The stand-in for the prefix cache from SGLang's own in-process benchmark: it allocates and remembers nothing."""
+    """The prefix cache's stand-in of SGLang's own in-process benchmark: it allocates and remembers nothing."""
     try:
         from sglang.benchmark.one_batch import TreeCacheNamespace
     except ImportError:  # up to 0.5.16

@@ -1,0 +1,200 @@
+"""What fills a slot: the index of the data, the target, and the way from a row of samples to a row of features.
+
+    Row(samples) --index, pictures (background thread)--> requests --one extend--> features --checked--> slot
+
+Legend: R rows of a slot, S tokens of a row, T tokens of a row in use, K captured layers, H hidden size, W = K * H.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from feature_bridge.contracts import (
+    SCHEMA_VERSION,
+    BridgeSpec,
+    Decode,
+    Decoded,
+    FilledRow,
+    Ready,
+    Row,
+    Skip,
+    SlotLayout,
+    Split,
+)
+from feature_bridge.index import build_indexes, format_counts
+from feature_bridge.media import MediaError
+from feature_bridge.processors import load_processor
+from feature_bridge.samples import Sample, render_inputs
+from feature_bridge.targets import load_target, resolve_directory
+from feature_bridge.targets.base import Grid, Request, Target, check_request
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """One sample of a row, ready for the target; or what is left of it, and why."""
+
+    position: int  # in the split's index
+    sample_id: str
+    length: int  # tokens that the row plan gives it
+    sample: Sample | None = None  # None: not even its tokens could be read
+    request: Request | None = None  # None: masked out
+    skip: Skip | None = None
+
+
+class Worker:
+    """The bridge's side of `server.Worker`."""
+
+    def __init__(self, spec: BridgeSpec):
+        """Index the data, load the target, check its layer contract.
+
+        Raises ValueError, one sentence, for everything that the user can mend.
+        """
+        directory = resolve_directory(spec.target)
+        target_spec = replace(spec.target, path=str(directory), revision=None)
+        self._spec = replace(spec, target=target_spec)
+        self.processor = load_processor(
+            str(directory),
+            trust_remote_code=target_spec.trust_remote_code,
+            min_pixels=spec.data.min_pixels,
+            max_pixels=spec.data.max_pixels,
+        )
+        # Before the target: the index starts processes, and those should not inherit a model.
+        self.indexes = build_indexes(target_spec, spec.data, self.processor)
+        print(format_counts(self.indexes), flush=True)
+        self.target = load_target(self._spec)
+        for stand_in in self.target.info.stand_ins:
+            print(f"stand-in on this CPU: {stand_in}", flush=True)
+        width = self.target.info.hidden_size * len(spec.target.layer_ids)
+        self._layout = SlotLayout(spec.rows_per_slot, spec.row_tokens, width, spec.feature_dtype)
+        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
+        self.ready = Ready(
+            schema_version=SCHEMA_VERSION,
+            target=self.target.info,
+            indexes={split: index.table() for split, index in self.indexes.items()},
+            num_slots=spec.num_slots,
+            feature_width=width,
+        )
+
+    def fill(self, split: Split, rows: Sequence[Row], slot: memoryview) -> tuple[FilledRow, ...]:
+        """Write every field of a slot. A sample whose pictures are gone or broken by now is masked out of its row.
+
+        Raises:
+          ValueError: a row does not fit, or the target gave features that cannot be true.
+        """
+        assert len(rows) == self._layout.rows
+        fields = slot_tensors(self._layout, slot)
+        prepared: list[list[Future[Prepared]]] = [
+            [self._background.submit(self._prepare, split, position) for position in row.samples] for row in rows
+        ]
+        filled = []
+        for r, (row, futures) in enumerate(zip(rows, prepared, strict=True)):
+            samples = [future.result() for future in futures]
+            filled.append(self._fill_row(row, samples, {name: tensor[r] for name, tensor in fields.items()}))
+        return tuple(filled)
+
+    def decode(self, request: Decode) -> Decoded:
+        """Greedy decoding of held-out samples, with a draft and without. See `feature_bridge.decode`."""
+        from feature_bridge.decode import decode
+
+        if "eval" not in self.indexes:
+            raise ValueError("there is no held-out data to decode; give data.eval_path or data.eval_fraction")
+        return decode(self.target, self.processor, self.indexes["eval"], request)
+
+    def _prepare(self, split: Split, position: int) -> Prepared:
+        """Read a sample and its pictures; on the background thread."""
+        index = self.indexes[split]
+        entry = index.entries[position]
+        left = Prepared(position, entry.sample_id, entry.length)
+        try:
+            sample = index.sample(position)
+            left = replace(left, sample=sample)
+            pixel_values, grids = render_inputs(sample, self.processor)
+            request = Request(
+                tokens=sample.tokens,
+                pixel_values=None if pixel_values is None else torch.from_numpy(pixel_values),
+                image_grids=tuple(Grid(*grid) for grid in grids),
+            )
+            check_request(request, self.target.config, self.target.max_tokens)
+            return replace(left, request=request)
+        except (MediaError, ValueError, OSError) as error:
+            return replace(left, skip=Skip(where=index.source.where(entry.row), reason=str(error)))
+
+    def _fill_row(self, row: Row, samples: Sequence[Prepared], out: dict[str, Tensor]) -> FilledRow:
+        """One row: the template's tokens, segments, mask and features; zeros where there is nothing."""
+        num_tokens = sum(sample.length for sample in samples)
+        if num_tokens > self._layout.row_tokens:
+            raise ValueError(
+                f"row {row.row_id} has {num_tokens} tokens, more than data.row_tokens={self._layout.row_tokens}"
+            )
+        for name in ("tokens", "loss_mask", "features"):
+            out[name].zero_()
+        out["segment_start"].fill_(num_tokens)  # the tail is a segment of its own
+
+        used = [sample for sample in samples if sample.request is not None]
+        features = iter(extend_checked(self.target, used))
+        start = 0
+        for sample in samples:
+            end = start + sample.length
+            out["segment_start"][start:end] = start
+            if sample.sample is not None:
+                out["tokens"][start:end] = torch.from_numpy(sample.sample.tokens)
+            if sample.request is not None:
+                assert sample.sample is not None
+                out["loss_mask"][start:end] = torch.from_numpy(sample.sample.loss_mask)
+                out["features"][start:end] = next(features)
+            start = end
+        return FilledRow(
+            row_id=row.row_id,
+            num_tokens=num_tokens,
+            samples=tuple(sample.position for sample in used),
+            skipped=tuple(sample.skip for sample in samples if sample.skip is not None),
+        )
+
+
+def slot_tensors(layout: SlotLayout, slot: memoryview) -> dict[str, Tensor]:
+    """A slot's fields as torch tensors over its own bytes."""
+    return {
+        field.name: torch.frombuffer(
+            slot, dtype=getattr(torch, field.dtype), count=math.prod(field.shape), offset=field.offset
+        ).view(field.shape)
+        for field in layout.fields
+    }
+
+
+def extend_checked(target: Target, samples: Sequence[Prepared]) -> list[Float[Tensor, "T_sample W"]]:
+    """Features of each sample, from one extend over all of them.
+
+    Raises:
+      ValueError: features of the wrong shape, not finite, or zero for a token in a layer; names the samples.
+    """
+    if not samples:
+        return []
+    lengths = [sample.length for sample in samples]
+    features = target.extend([sample.request for sample in samples if sample.request is not None]).features
+    num_layers, hidden_size = len(target.layer_ids), target.info.hidden_size
+    if tuple(features.shape) != (sum(lengths), num_layers * hidden_size):
+        raise ValueError(
+            f"samples {_names(samples)}: features of shape {tuple(features.shape)} where "
+            f"{(sum(lengths), num_layers * hidden_size)} was expected from {target.info.backend}"
+        )
+    peak_tk = torch.linalg.vector_norm(features.unflatten(-1, (num_layers, hidden_size)), torch.inf, dim=-1)
+    for wrong_tk, what in ((~torch.isfinite(peak_tk), "NaN or infinite"), (peak_tk == 0, "all zero")):
+        if wrong_tk.any():
+            bad = [s for s, wrong in zip(samples, wrong_tk.split(lengths), strict=True) if wrong.any()]
+            layers = [l for l, wrong in zip(target.layer_ids, wrong_tk.unbind(1), strict=True) if wrong.any()]
+            raise ValueError(
+                f"samples {_names(bad)}: {what} features of layers {layers} from {target.info.backend}; "
+                f"nothing of this row was used"
+            )
+    return list(features.split(lengths))
+
+
+def _names(samples: Sequence[Prepared]) -> str:
+    return ", ".join(sample.sample_id for sample in samples)
