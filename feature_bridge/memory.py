@@ -143,19 +143,24 @@ def create_host_memory(layout: SlotLayout, num_slots: int) -> tuple[HostMemory, 
     Raises:
       ValueError: it does not fit.
     """
-    num_bytes = num_slots * layout.slot_bytes
-    fd = os.memfd_create("feature_bridge", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.posix_fallocate(fd, 0, num_bytes)  # all pages now, rather than SIGBUS at some step
-        # Nobody can shrink it under the other's feet.
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        return HostMemory(layout, num_slots, fd), fd
-    except OSError as error:
-        os.close(fd)
+    num_bytes, available = num_slots * layout.slot_bytes, _available_bytes()
+    if num_bytes > available:  # asked first: the kernel's own answer is to kill the largest process
         raise ValueError(
-            f"bridge.num_slots={num_slots} slots of {layout.slot_bytes / 1e9:.2f} GB do not fit into shared memory "
-            f"({error.strerror}); lower bridge.num_slots, rows_per_device or data.row_tokens"
-        ) from error
+            f"bridge.num_slots={num_slots} slots of {layout.slot_bytes / 1e9:.2f} GB do not fit into the "
+            f"{available / 1e9:.2f} GB of memory that are free; lower bridge.num_slots, rows_per_device or "
+            "data.row_tokens"
+        )
+    fd = os.memfd_create("feature_bridge", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.posix_fallocate(fd, 0, num_bytes)  # all pages now: no step waits for them
+    # Nobody can shrink it under the other's feet.
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return HostMemory(layout, num_slots, fd), fd
+
+
+def _available_bytes() -> int:
+    with open("/proc/meminfo") as meminfo:
+        (kilobytes,) = (line.split()[1] for line in meminfo if line.startswith("MemAvailable:"))
+    return 1024 * int(kilobytes)
 
 
 # --- by transport ----------------------------------------------------------------------------------------------------

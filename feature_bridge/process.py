@@ -94,9 +94,8 @@ class BridgeProcess:
             log.seek(max(self._log_start, end - _GIST_BYTES))
             lines = log.read().decode(errors="replace").splitlines()
         lines = [line.strip() for line in lines if line.strip()]
-        return (
-            f"its log {self.log_path} ends: {lines[-1][:_GIST_CHARS]}" if lines else f"its log {self.log_path} is empty"
-        )
+        gist = f"ends: {lines[-1][:_GIST_CHARS]}" if lines else "is empty"
+        return f"its log {self.log_path} {gist}"
 
 
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:

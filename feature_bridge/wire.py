@@ -8,6 +8,7 @@ descriptors ride on a frame's first byte. Nothing is ever pickled.
 from __future__ import annotations
 
 import dataclasses
+import os
 import select
 import socket
 import struct
@@ -20,7 +21,7 @@ import msgspec
 from feature_bridge.contracts import MESSAGES, SCHEMA_VERSION, BridgeSpec
 
 _LENGTH = struct.Struct("<I")
-_MAX_FRAME = 1 << 30  # far above any index; a longer one means that the stream is not ours
+_MAX_FRAME = 1 << 29  # far above any index; a longer one means that the stream is not ours
 _MAX_FDS = 4
 _CLASSES = {cls.__name__: cls for cls in MESSAGES}
 
@@ -158,9 +159,11 @@ class Connection:
 
     def _read(self) -> None:
         try:
-            data, fds, _, _ = socket.recv_fds(self._socket, 1 << 20, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+            data, fds, _, _ = socket.recv_fds(self._socket, 1 << 20, _MAX_FDS)
         except OSError as error:
             raise EOFError("the connection broke") from error
+        for fd in fds:
+            os.set_inheritable(fd, False)
         self._fds += fds
         if not data:
             raise EOFError("the connection ended")
