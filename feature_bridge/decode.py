@@ -32,7 +32,7 @@ from feature_bridge.targets.base import Grid, Request, Target, placeholder_ids
 from feature_bridge.torch_draft import TorchDraft
 
 
-def decode(target: Target, index: Index, request: Decode) -> Decoded:
+def decode(target: Target, processor: Processor, index: Index, request: Decode) -> Decoded:
     """Decode the last turn of held-out conversations with an exported draft, and by the target alone.
 
     Raises:
@@ -43,8 +43,8 @@ def decode(target: Target, index: Index, request: Decode) -> Decoded:
     embedding = target.embed([0])
     draft = TorchDraft.load(request.draft_path, dtype=embedding.dtype, device=embedding.device)
     propose = draft_proposer(draft, target)
-    prompts = [prompt_of(index.sample(position), index.processor) for position in request.samples]
-    stop = index.processor.eos_token_ids
+    prompts = [prompt_of(index.sample(position), processor) for position in request.samples]
+    stop = processor.eos_token_ids
     generated = speculate(target, propose, prompts, stop, request.max_new_tokens)
     alone = greedy(target, prompts, stop, request.max_new_tokens)
     return Decoded(

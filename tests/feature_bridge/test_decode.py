@@ -132,7 +132,7 @@ def test_greedy_is_what_transformers_generates(target, prompts):
     model.generation_config.eos_token_id = None
     for request, tokens in zip(prompts, greedy(target, prompts, set(), 12), strict=True):
         ids = torch.from_numpy(request.tokens).long()[None]
-        text = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         assert tuple(text[0, ids.shape[1] :].tolist()) == tokens
 
 
@@ -215,7 +215,7 @@ def test_conversations_with_pictures(vlm, index, tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     positions = tuple(by_pictures.values())
     request = Decode(request_id=4, draft_path=str(tmp_path), samples=positions, max_new_tokens=12)
-    decoded = decode(vlm, index, request)
+    decoded = decode(vlm, index.processor, index, request)
     assert decoded.request_id == 4
     assert [s.sample for s in decoded.samples] == list(positions)
     for sample in decoded.samples:
