@@ -108,8 +108,10 @@ def load_processor(
         min_pixels, max_pixels: a picture's area after resizing, in place of the processor's own limits.
 
     Raises:
-        ValueError: no tokenizer or chat template there, or an image processor of an unknown kind.
+        ValueError: no such folder, no tokenizer or chat template there, or an image processor of an unknown kind.
     """
+    if revision is None and not Path(path).is_dir():
+        raise ValueError(f"target.path={path!r} is not a folder here; give one, or a hub id with target.revision")
     stand_in = torchvision_ops.ensure()
     import transformers
 
