@@ -81,8 +81,10 @@ def connect(
 
     Raises:
       BridgeError: "refused", "died" or "timeout".
-      ValueError: `python` cannot be run, or the bridge is of another version.
+      ValueError: `python` cannot be run, the transport is not there, or the bridge is of another version.
     """
+    if spec.transport != "shared_memory":
+        raise ValueError(f"bridge.transport={spec.transport!r} needs what this version lacks; use 'shared_memory'")
     deadline = time.monotonic() + start_timeout_s
     with _listen() as (listener, socket_path):
         command = [python or sys.executable, "-m", "feature_bridge.server", "--socket", socket_path]
@@ -113,6 +115,7 @@ class Client:
         self._fills: deque[int] = deque()  # request ids of fills that `next_filled` has not answered yet
         self._answers: dict[int, Filled | Decoded | Failure] = {}  # that came before they were asked for
         self.num_slots = spec.num_slots
+        self.transport = spec.transport
         self.ready = self._start_message(Ready, deadline)
         self._memory = attach_memory(
             spec.transport,

@@ -20,6 +20,7 @@ class InProcessClient:
     def __init__(self, spec: BridgeSpec, worker: Worker):
         self.ready = worker.ready
         self.num_slots = spec.num_slots
+        self.transport = spec.transport
         self._spec = spec
         self._worker = worker
         self._ring = Ring(spec.num_slots)

@@ -1,0 +1,222 @@
+"""From the bridge's slots to batches of JAX arrays without a copy. The only file here that knows `feature_bridge`.
+
+    requests --at most num_slots under way--> bridge --Filled--> DLPack view of the slot -> Batch -> step ... -> release
+
+Legend: D local devices, one bridge each; R rows of a slot; the batch has D * R rows (of this process).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from feature_bridge.client import BridgeError, Client, connect
+from feature_bridge.contracts import BridgeSpec, DataSpec, Filled, FilledRow, Row, TargetSpec
+from feature_bridge.in_process import InProcessClient
+from feature_bridge.server import DEFAULT_WORKER, load_worker
+from jaxdraft.config import Config
+from jaxdraft.objective import Batch
+
+__all__ = ["Bridge", "BridgeError", "FeatureStream", "Slot", "make_bridge_spec", "open_bridge"]
+
+Bridge = Client | InProcessClient
+
+
+def make_bridge_spec(config: Config, layer_ids: Sequence[int]) -> BridgeSpec:
+    """What the bridge must know of a run: the target captured at `layer_ids`, the data, the slots."""
+    target, data, bridge = config.target, config.data, config.bridge
+    return BridgeSpec(
+        target=TargetSpec(
+            path=target.path,
+            revision=target.revision,
+            backend=target.backend,
+            dtype=target.dtype,
+            layer_ids=tuple(layer_ids),
+            trust_remote_code=target.trust_remote_code,
+            sglang_args=dict(bridge.sglang_args),
+            verify=bridge.verify,
+        ),
+        data=DataSpec(
+            train_path=data.train_path,
+            eval_path=data.eval_path,
+            eval_fraction=data.eval_fraction,
+            max_length=data.row_tokens,
+            too_long=data.too_long,
+            min_supervised=2 * config.draft.block_size,
+            min_pixels=data.min_pixels,
+            max_pixels=data.max_pixels,
+            num_workers=data.num_workers,
+            cache_dir=data.cache_dir,
+        ),
+        rows_per_slot=config.rows_per_device,
+        row_tokens=data.row_tokens,
+        num_slots=bridge.num_slots,
+        feature_dtype=bridge.feature_dtype,
+        transport=bridge.transport,
+    )
+
+
+def open_bridge(config: Config, layer_ids: Sequence[int], *, log_path: str | Path) -> Bridge:
+    """Starts the bridge and waits until it is ready; a context manager, which closes it.
+
+    Args:
+      config: of the run.
+      layer_ids: target layers to capture, ascending.
+      log_path: file that the bridge process writes its output to.
+
+    Raises:
+      ValueError: the bridge cannot run this config.
+      BridgeError: it cannot run this config, says the bridge itself, or it did not start.
+    """
+    spec = make_bridge_spec(config, layer_ids)
+    if spec.transport == "in_process":
+        return InProcessClient(spec, load_worker(DEFAULT_WORKER)(spec))
+    return connect(
+        spec,
+        log_path=log_path,
+        python=config.bridge.python,
+        start_timeout_s=config.bridge.start_timeout_s,
+        request_timeout_s=config.bridge.request_timeout_s,
+    )
+
+
+class Request(Protocol):
+    """One micro-batch: rows as (row id, positions of its samples in the split's index), R for each device."""
+
+    split: str
+    rows: Sequence[tuple[int, Sequence[int]]]
+
+
+class Slot(NamedTuple):
+    """A micro-batch that lives in borrowed memory until it is released."""
+
+    batch: Batch
+    filled: tuple[Filled, ...]  # one for each device
+
+    @property
+    def rows(self) -> tuple[FilledRow, ...]:
+        """What is in each row of the batch, samples that were left out included."""
+        return tuple(row for filled in self.filled for row in filled.rows)
+
+
+class FeatureStream:
+    """An iterator over the slots of `requests`, in their order, filled ahead.
+
+    At most `num_slots` requests are under way: asked for, being filled, or filled and not released. So the loop may hold
+    a slot while the next ones are filled, and must release it when the step that read it is done. One stream reads a
+    bridge at a time; training and held-out requests share it, in the order in which they will be used.
+
+    Attributes:
+      seconds_waiting: how long `next` has waited for the bridge so far.
+    """
+
+    def __init__(
+        self, bridge: Bridge | Sequence[Bridge], requests: Iterable[Request], sharding: Sharding | None = None
+    ):
+        """
+        Args:
+          bridge: one, or one for each local device, in the order of the rows.
+          requests: what to ask for; read `num_slots` ahead.
+          sharding: of the batch, rows over devices; None: everything on the first local device.
+        """
+        self._bridges = tuple(bridge) if isinstance(bridge, Sequence) else (bridge,)
+        self._sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
+        self._devices = _devices_by_row(self._sharding)
+        assert len(self._devices) == len(self._bridges), "one bridge for each local device"
+        self._requests = iter(requests)
+        self._exhausted = False
+        self._pending: deque[Request] = deque()  # asked for and not returned
+        self._borrowed: dict[tuple[Filled, ...], Batch] = {}  # returned and not released
+        self._num_slots = min(bridge.num_slots for bridge in self._bridges)
+        self.seconds_waiting = 0.0
+
+    def __iter__(self) -> Iterator[Slot]:
+        return self
+
+    def __next__(self) -> Slot:
+        """The next slot.
+
+        Raises:
+          BridgeError: the bridge died, is too slow, or could not fill it.
+        """
+        self._ask()
+        if not self._pending:
+            assert self._exhausted, "every slot is borrowed: release one first"
+            raise StopIteration
+        start = time.perf_counter()
+        filled = tuple(bridge.next_filled() for bridge in self._bridges)
+        self.seconds_waiting += time.perf_counter() - start
+
+        request = self._pending.popleft()
+        assert [row.row_id for f in filled for row in f.rows] == [row_id for row_id, _ in request.rows]
+        slot = Slot(self._view(filled), filled)
+        self._borrowed[filled] = slot.batch
+        return slot
+
+    def release(self, filled: tuple[Filled, ...]) -> None:
+        """Gives a slot back to be filled again.
+
+        Call it when the outputs of every computation that read the batch are ready: JAX runs ahead of Python, on the CPU
+        too. The arrays of the slot are deleted, so that a later use is an error and not the features of another row.
+        """
+        batch = self._borrowed.pop(filled)
+        for array in (batch.tokens, batch.segment_start, batch.loss_mask, batch.features):
+            array.delete()
+        for bridge, one in zip(self._bridges, filled, strict=True):
+            bridge.release(one.slot, one.generation)
+        self._ask()
+
+    def _ask(self) -> None:
+        """Tops up the requests under way."""
+        while not self._exhausted and len(self._pending) + len(self._borrowed) < self._num_slots:
+            request = next(self._requests, None)
+            if request is None:
+                self._exhausted = True
+                return
+            rows = [Row(row_id=row_id, samples=tuple(samples)) for row_id, samples in request.rows]
+            per_slot = len(rows) // len(self._bridges)
+            for i, bridge in enumerate(self._bridges):
+                bridge.fill(request.split, rows[i * per_slot : (i + 1) * per_slot])
+            self._pending.append(request)
+
+    def _view(self, filled: tuple[Filled, ...]) -> Batch:
+        """The filled slots as one batch of global arrays; the shard of each device is its slot's memory."""
+        shards = [
+            _arrays_on(device, bridge, one)
+            for device, bridge, one in zip(self._devices, self._bridges, filled, strict=True)
+        ]
+
+        def assemble(*arrays: jax.Array) -> jax.Array:
+            rows, *rest = arrays[0].shape
+            shape = (rows * self._sharding.num_devices, *rest)
+            return jax.make_array_from_single_device_arrays(shape, self._sharding, list(arrays))
+
+        return Batch(**jax.tree.map(assemble, *shards))
+
+
+def _arrays_on(device: jax.Device, bridge: Bridge, filled: Filled) -> dict[str, jax.Array]:
+    """One slot's arrays on `device`: views, except that a GPU needs a copy of host memory."""
+    on_host = bridge.transport != "cuda_ipc"
+    device_id = 0 if on_host and device.platform != "cpu" else device.local_hardware_id
+    arrays = {
+        name: jax.dlpack.from_dlpack(producer, copy=False) for name, producer in bridge.slot(filled, device_id).items()
+    }
+    small = {
+        "num_tokens": np.asarray([row.num_tokens for row in filled.rows], np.int32),
+        "row_ids": np.asarray([row.row_id for row in filled.rows], np.int32),
+    }
+    # device_put leaves an array that is on the device already where it is.
+    return jax.device_put({**arrays, **small}, device)
+
+
+def _devices_by_row(sharding: Sharding) -> list[jax.Device]:
+    """The local devices in the order of the rows they hold."""
+    slices = sharding.addressable_devices_indices_map((sharding.num_devices,))
+    return sorted(slices, key=lambda device: slices[device][0].start or 0)
