@@ -156,9 +156,7 @@ def answer_starts(messages: Sequence[dict[str, Any]], processor: Processor) -> t
         text = processor.render(list(messages))
         marked_text = processor.render(marked)
         prompts = [processor.render(marked[:index], add_generation_prompt=True) for index in answers]
-    except (
-        Exception
-    ) as error:  # a template raises jinja2 errors of its own making, and TypeErrors on what it did not expect
+    except Exception as error:  # whatever the template raises, and TypeErrors on what it did not expect
         raise SampleError("chat template", f"the chat template refuses the conversation: {error}") from error
 
     starts, position, marked_position = [], 0, 0
@@ -172,6 +170,8 @@ def answer_starts(messages: Sequence[dict[str, Any]], processor: Processor) -> t
                 "chat template", f"the chat template rewrites turn {index}, so its answer cannot be located"
             )
         position = found + len(between)
+        stub = prompt[start:]  # an answer may come with its own copy of the prompt's empty think stub
+        position += len(stub) if text.startswith(stub, position) else 0
         starts.append(position)
         marked_position = mark_at + len(marks[index])
     return text, starts
@@ -183,7 +183,7 @@ def _common_prefix(a: str, b: str) -> int:
 
 def _marked(message: dict[str, Any], mark: str) -> dict[str, Any]:
     """The message with marks for its texts: for its thought too, since templates render a turn with one otherwise."""
-    thought = f"\uf8ff{mark}"
+    thought = mark.replace("\uf8ff", "\uf8fe")
     if "</think>" in message["content"]:
         return message | {"content": f"<think>\n{thought}\n</think>\n\n{mark}"}
     return message | {"content": mark} | ({"reasoning_content": thought} if "reasoning_content" in message else {})

@@ -140,6 +140,20 @@ def test_thoughts_after_the_stub_are_supervised(family, loaded, processors, tmp_
     assert supervised(sample) == encode_answers(tokenizer_of(loaded[family]), ["A.", "Hmm.\n</think>\n\nB."])
 
 
+@pytest.mark.parametrize("family", ["qwen3.5", "qwen3"])
+def test_an_answer_may_bring_the_prompts_empty_stub(family, processors, tmp_path):
+    records = [chat("Q", "A."), chat("Q", "<think>\n\n</think>\n\nA.")]
+    samples = [make_sample(record, "x:1", tmp_path, processors[family], data_spec()) for record in records]
+    assert samples[0].digest == samples[1].digest
+
+
+def test_thoughts_are_text_where_the_template_knows_none(loaded, processors, tmp_path):
+    answers = ["<think>\nHmm.\n</think>\n\nA.", "<think>\nAha.\n</think>\n\nB."]
+    turns = [("user", "One?"), ("assistant", answers[0]), ("user", "Two?"), ("assistant", answers[1])]
+    sample = make_sample(openai_record(turns), "x:1", tmp_path, processors["qwen3-vl"], data_spec())
+    assert supervised(sample) == encode_answers(loaded["qwen3-vl"].tokenizer, answers)
+
+
 def test_messages_after_the_last_answer_are_dropped(processors, tmp_path):
     record = chat("One?", "The answer.")
     longer = {"messages": [*record["messages"], {"role": "user", "content": "Unanswered?"}]}
