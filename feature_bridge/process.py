@@ -58,7 +58,10 @@ class BridgeProcess:
         """Leaves an ended process as a zombie, so that its id, and its group's, stay its own until `kill`."""
         if self._process.returncode is not None:
             return True
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+        except ChildProcessError:  # SIGCHLD is ignored here, so the kernel has forgotten it already
+            return True
 
     def wait_for_exit(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds

@@ -109,9 +109,9 @@ class Slot(NamedTuple):
 class FeatureStream:
     """An iterator over the slots of `requests`, in their order, filled ahead.
 
-    At most `num_slots` requests are under way: asked for, being filled, or filled and not released. So the loop may hold
-    a slot while the next ones are filled, and must release it when the step that read it is done. One stream reads a
-    bridge at a time; training and held-out requests share it, in the order in which they will be used.
+    At most `num_slots` requests are under way: asked for, being filled, or filled and not released. So the loop may
+    hold a slot while the next ones are filled, and must release it when the step that read it is done. One stream reads
+    a bridge at a time; training and held-out requests share it, in the order in which they will be used.
 
     Attributes:
       seconds_waiting: how long `next` has waited for the bridge so far.
@@ -163,8 +163,9 @@ class FeatureStream:
     def release(self, filled: tuple[Filled, ...]) -> None:
         """Gives a slot back to be filled again.
 
-        Call it when the outputs of every computation that read the batch are ready: JAX runs ahead of Python, on the CPU
-        too. The arrays of the slot are deleted, so that a later use is an error and not the features of another row.
+        Call it when the outputs of every computation that read the batch are ready: JAX runs ahead of Python, on the
+        CPU too. The slot's arrays are deleted, so that a later use is an error and not the features of another row.
+        (A numpy view of one, `np.asarray` on the CPU, has no such guard: do not keep it.)
         """
         batch = self._borrowed.pop(filled)
         for array in (batch.tokens, batch.segment_start, batch.loss_mask, batch.features):

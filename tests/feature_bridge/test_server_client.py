@@ -153,7 +153,7 @@ def test_a_users_mistake_at_start_is_one_sentence(tmp_path, scratch):
 
 def test_a_start_that_never_ends(tmp_path, scratch):
     with pytest.raises(BridgeError, match=r"raise bridge\.start_timeout_s") as caught:
-        start(tmp_path / "log", make_spec(path="slow"), start_timeout_s=3)
+        start(tmp_path / "log", make_spec(path="slow"), start_timeout_s=0.5)
     assert caught.value.kind == "timeout"
 
 

@@ -90,7 +90,7 @@ def test_a_loop_that_releases_a_step_late(bridge):
     for slot in stream:
         total, metric = step(total, slot.batch)
         if previous is not None:
-            jax.block_until_ready(previous[1])
+            jax.block_until_ready(previous[1])  # the outputs of one computation are ready together
             stream.release(previous[0].filled)
         previous = (slot, metric)
     truth = sum(values[name].sum() for values in map(expected, requests) for name in ("features", "tokens"))
