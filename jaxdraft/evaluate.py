@@ -1,0 +1,257 @@
+"""How much a draft gets accepted on held-out conversations: teacher-forced, replayed, and really decoded.
+
+    python -m jaxdraft.evaluate --draft DIR --config NAME [--output FILE] [--any.field value ...]
+
+- teacher-forced: every anchor of every answer, as in training; blocks whose B-1 slots are all supervised.
+- replayed: the anchors that greedy decoding visits (`jaxdraft.replay`); exact where the answers are the target's own.
+- decoded: real speculative decoding in the bridge, compared with the target's own greedy output and with the replay.
+
+Legend: R rows of a batch, S tokens of a row, N anchors of one call, B block slots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int
+from rich.console import Console
+from rich.table import Table
+
+from jaxdraft.cli import parse_args, run_command
+from jaxdraft.config import Config
+from jaxdraft.convert import load_draft
+from jaxdraft.eval_result import Answer, DecodeResult, EvalResult, summarise
+from jaxdraft.export import check_target
+from jaxdraft.features import Bridge, BridgeError, FeatureStream, Slot, open_bridge
+from jaxdraft.losses import LossSums
+from jaxdraft.model.tensors import from_tensors
+from jaxdraft.objective import Frozen, Params, Predictions
+from jaxdraft.run import make_plan, write_json
+from jaxdraft.target import load_frozen, open_target
+from jaxdraft.train_step import StepConfig, make_eval_step
+
+__all__ = ["DecodeResult", "EvalResult", "choose_samples", "decode_with", "evaluate_batches", "evaluate_draft"]
+
+EvalStep = Callable[..., Predictions]  # see `train_step.make_eval_step`
+
+
+def evaluate_batches(
+    eval_step: EvalStep, params: Params, stream: Iterator[Slot], num_batches: int, block_size: int
+) -> EvalResult:
+    """Evaluate the next `num_batches` slots of a stream, every anchor of every answer, and release them."""
+    sums: list[LossSums] = []
+    counts = np.zeros(block_size, np.int64)
+    answers: list[Answer] = []
+    for _ in range(num_batches):
+        slot = next(stream)
+        anchors_at, accept_len_at = candidates(slot), np.zeros(slot.batch.tokens.shape, np.int32)
+        for anchors, valid in anchor_chunks(anchors_at, chunk=-(-anchors_at.shape[1] // 6)):
+            out = eval_step(params, slot.batch, anchors, valid)
+            accept_len, supervised, batch_sums = jax.device_get((out.accept_len, out.supervised, out.sums))
+            rows, slots = np.nonzero(valid)
+            accept_len_at[rows, anchors[rows, slots]] = accept_len[rows, slots]
+            counts += np.bincount(accept_len[supervised.all(-1)], minlength=block_size)
+            sums.append(batch_sums)
+        answers += slot_answers(slot, accept_len_at)
+        stream.release(slot.filled)  # its outputs are on the host: nothing reads it any more
+    total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *sums) if sums else None
+    ratios = {} if total is None else jax.device_get(total.metrics())
+    return EvalResult(
+        block_size=block_size,
+        loss=float(ratios.get("loss", math.nan)),
+        accuracy=float(ratios.get("accuracy", math.nan)),
+        slot_accuracy=tuple(float(x) for x in ratios.get("slot_accuracy", ())),
+        accept_counts=tuple(int(count) for count in counts),
+        answers=tuple(answers),
+    )
+
+
+def candidates(slot: Slot) -> Bool[np.ndarray, "R S"]:
+    """Where decoding could have an anchor: a supervised token whose successor is one of the same answer."""
+    start, supervised = np.asarray(slot.batch.segment_start), supervised_tokens(slot)
+    follows = np.zeros_like(supervised)
+    follows[:, :-1] = supervised[:, 1:] & (start[:, 1:] == start[:, :-1])
+    return supervised & follows
+
+
+def supervised_tokens(slot: Slot) -> Bool[np.ndarray, "R S"]:
+    mask = np.asarray(slot.batch.loss_mask) > 0
+    return mask & (np.arange(mask.shape[1]) < np.asarray(slot.batch.num_tokens)[:, None])
+
+
+def anchor_chunks(
+    anchors_at: Bool[np.ndarray, "R S"], chunk: int
+) -> Iterator[tuple[Int[np.ndarray, "R N"], Bool[np.ndarray, "R N"]]]:
+    """Each row's anchors in ascending order, N=`chunk` at a time and always of one shape; with which of them exist."""
+    rows = [np.flatnonzero(row) for row in anchors_at]
+    for first in range(0, max(map(len, rows)), chunk):
+        anchors = np.zeros((len(rows), chunk), np.int32)
+        valid = np.zeros((len(rows), chunk), bool)
+        for r, row in enumerate(rows):
+            part = row[first : first + chunk]
+            anchors[r, : len(part)], valid[r, : len(part)] = part, True
+        yield anchors, valid
+
+
+def slot_answers(slot: Slot, accept_len_at: Int[np.ndarray, "R S"]) -> Iterator[Answer]:
+    """The assistant turns of a slot's rows: unbroken runs of supervised tokens of one sample."""
+    tokens, start = np.asarray(slot.batch.tokens), np.asarray(slot.batch.segment_start)
+    for r, (supervised, row) in enumerate(zip(supervised_tokens(slot), slot.rows, strict=True)):
+        positions = np.flatnonzero(supervised)
+        if not len(positions):
+            continue
+        new_sample = np.diff(start[r, positions]) != 0
+        breaks = np.flatnonzero((np.diff(positions) > 1) | new_sample)
+        runs = np.split(positions, breaks + 1)
+        ends_sample = [*new_sample[breaks], True]
+        samples = iter(row.samples)  # exactly those with supervised tokens, in the row's order
+        sample = next(samples)
+        for run, last in zip(runs, ends_sample, strict=True):
+            yield Answer(sample, bool(last), tokens[r, run].copy(), accept_len_at[r, run])
+            if last:
+                sample = next(samples, None)
+
+
+def choose_samples(result: EvalResult, num_images: Int[np.ndarray, " samples"], number: int) -> tuple[int, ...]:
+    """Conversations to decode, of those that were evaluated: with and without pictures by turns, the earliest first."""
+    there = sorted({answer.sample for answer in result.answers})
+    groups = [[s for s in there if num_images[s] > 0], [s for s in there if num_images[s] == 0]]
+    turns = sorted((rank, g, sample) for g, group in enumerate(groups) for rank, sample in enumerate(group))
+    return tuple(sorted(sample for _, _, sample in turns[:number]))
+
+
+def decode_with(bridge: Bridge, directory: str | Path, samples: Sequence[int], max_new_tokens: int) -> DecodeResult:
+    """Speculative decoding of these held-out conversations with an exported draft, in the bridge."""
+    decoded = bridge.decode(str(Path(directory).resolve()), samples, max_new_tokens)
+    return DecodeResult(decoded.samples, max_new_tokens)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def evaluate_draft(directory: str | Path, config: Config, console: Console) -> dict[str, Any]:
+    """Evaluate a draft on disk with the target and the held-out data of a config; its own `draft` part is not read.
+
+    Raises:
+      ValueError: no such draft, or one that does not fit the target or what the bridge captures.
+      BridgeError: the bridge could not start, or failed.
+    """
+    tensors, draft = load_draft(directory)
+    target = open_target(config.target)
+    check_target(draft, target.config)
+    # Held-out samples are those of a training with this block size. The training data is read only to hold a share out.
+    config = dataclasses.replace(
+        config,
+        draft=dataclasses.replace(config.draft, block_size=draft.block_size),
+        data=dataclasses.replace(config.data, train_path=config.data.train_path if not config.data.eval_path else None),
+    )
+    with open_bridge(config, draft.target_layer_ids, log_path=config.run_dir / "evaluate.log") as bridge:
+        check_capture(directory, bridge.ready.target.capture)
+        table = bridge.ready.indexes.get("eval")
+        if table is None:
+            raise ValueError("there is no held-out data; set data.eval_path, or data.eval_fraction above 0")
+        embedding, head = load_frozen(config.target, target, jnp.dtype(config.compute_dtype))
+        options = StepConfig(num_anchors=config.num_anchors, total_steps=1, compute_dtype=config.compute_dtype)
+        eval_step = make_eval_step(draft, config.loss, options, Frozen(embedding=embedding, head=head))
+        params = {name: jnp.asarray(a, jnp.float32) for name, a in from_tensors(tensors, draft).items()}
+
+        plan = make_plan(config, np.empty(0, np.int32), np.frombuffer(table.lengths, "<i4"))
+        stream = FeatureStream(bridge, plan.eval_requests)
+        result = evaluate_batches(eval_step, params, stream, len(plan.eval_requests), draft.block_size)
+        console.print(
+            f"{len(result.answers)} answers in {len(plan.eval_rows)} held-out rows; now decoding", highlight=False
+        )
+        decoded = None
+        if config.num_decode:
+            samples = choose_samples(result, np.frombuffer(table.num_images, np.uint8), config.num_decode)
+            decoded = decode_with(bridge, directory, samples, config.max_new_tokens)
+        return summarise(result, decoded) | {"draft": str(directory), "target_backend": bridge.ready.target.backend}
+
+
+def check_capture(directory: str | Path, capture: str) -> None:
+    """Refuse features that mean something else than those the draft was trained on. A foreign draft does not say.
+
+    Raises ValueError.
+    """
+    file = Path(directory) / "export.json"
+    trained = json.loads(file.read_text())["capture"] if file.is_file() else capture
+    if trained != capture:
+        raise ValueError(
+            f"the draft was trained on capture={trained!r} and this target gives {capture!r}; "
+            "use the SGLang version (or backend) that the draft was trained with"
+        )
+
+
+def print_evaluation(console: Console, summary: dict[str, Any]) -> None:
+    """The figures as tables."""
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    table = Table(title=f"{summary['draft']} on held-out conversations", title_justify="left")
+    table.add_column("")
+    table.add_column("tau", justify="right")
+    table.add_column("how")
+    table.add_row("teacher-forced", number(summary["tau_teacher_forced"]), "every block of every answer")
+    table.add_row("replayed", number(summary["tau_replay"]), "the blocks that greedy decoding visits")
+    if summary["num_decoded"]:
+        mean = f"{summary['num_decoded']} conversations; mean of theirs {number(summary['tau_decoded_mean'])}"
+        table.add_row("decoded", number(summary["tau_decoded"]), mean)
+    console.print(table)
+    slots = Table(title="share of blocks in which a slot is accepted", title_justify="left")
+    for k in range(1, len(summary["slot_acceptance"]) + 1):
+        slots.add_column(str(k), justify="right")
+    slots.add_row(*map(number, summary["slot_acceptance"]))
+    console.print(slots)
+    console.print(
+        f"accept_len {number(summary['accept_len'])}  loss {number(summary['loss'])}  "
+        f"accuracy {number(summary['accuracy'])}",
+        highlight=False,
+    )
+    if summary["num_decoded"]:
+        own = "token for token the target's own greedy output"
+        console.print(
+            f"decoded text: {own if summary['lossless'] else 'NOT the output of the target'}", highlight=False
+        )
+        console.print(
+            f"replay and decoding: the same accepted lengths in {summary['replay_identical']} of "
+            f"{summary['replay_compared']} conversations whose recorded answer is the target's own",
+            highlight=False,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 1 where decoding does not confirm the target's own text or the replay."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxdraft.evaluate", description=__doc__.splitlines()[0], add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--draft", metavar="DIR", help="directory of an exported draft")
+    parser.add_argument("--output", metavar="FILE", help="JSON file to write; default: DIR/evaluation.json")
+    own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(rest):
+        parser.print_help()
+        print("\nand the fields of the config:\n")
+    config = parse_args(rest)
+    if own.draft is None:
+        raise ValueError("--draft is missing; give the directory of an exported draft")
+    console = Console()
+    summary = evaluate_draft(own.draft, config, console)
+    print_evaluation(console, summary)
+    output = Path(own.output) if own.output else Path(own.draft) / "evaluation.json"
+    write_json(output, summary)
+    console.print(f"written to {output}", highlight=False)
+    return int(summary["lossless"] is False or summary.get("replay_agrees") is False)
+
+
+if __name__ == "__main__":
+    run_command(main, BridgeError)
