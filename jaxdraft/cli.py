@@ -109,11 +109,11 @@ def _tyro(kind: type[T], argv: Sequence[str], **options) -> T:
         raise ValueError(_one_sentence(complaint.getvalue())) from None
 
 
-def run_command(main: Callable[[], int | None]) -> None:
-    """Runs a command and ends the process: what a user can cause ends in one sentence on stderr and exit code 2."""
+def run_command(main: Callable[[], int | None], *known: type[Exception]) -> None:
+    """Runs a command and ends the process; a ValueError or a `known` error is one sentence on stderr, exit code 2."""
     try:
         code = main() or 0
-    except ValueError as error:
+    except (ValueError, *known) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -92,23 +91,3 @@ class ProgressBar:
         self._bar.update(self._task, completed=step, figures=figures)
         if not self._console.is_terminal and (step % self._log_interval == 0 or step == self._total):
             self._console.print(f"step {step}/{self._total}  {figures}")
-
-
-class Clock:
-    """Rows and tokens a second, and the share of time spent waiting for features, since the last reading."""
-
-    def __init__(self) -> None:
-        self.started = self._last = time.perf_counter()
-        self._waited = 0.0
-
-    def reading(self, *, rows: int, tokens: int, waited: float) -> dict[str, float]:
-        """`waited` is the total so far, in seconds."""
-        now = time.perf_counter()
-        seconds, waiting = max(now - self._last, 1e-9), waited - self._waited
-        self._last, self._waited = now, waited
-        return {
-            "rows_per_second": rows / seconds,
-            "tokens_per_second": tokens / seconds,
-            "seconds": seconds,
-            "seconds_waiting": waiting,
-        }

@@ -13,9 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from jaxdraft.checkpoint import as_json
 from jaxdraft.config import Config
-from jaxdraft.data import Schedule
+from jaxdraft.data import Schedule, plan_eval
 from jaxdraft.model.dflash import DraftConfig
 
 VERSIONED = ("jaxdraft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -28,24 +31,6 @@ def open_run_dir(config: Config) -> Path:
         run_dir.rename(run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
     run_dir.mkdir(parents=True, exist_ok=True)
     return run_dir
-
-
-def run_meta(
-    config: Config, draft: DraftConfig, *, index_digest: str, capture: str, rows_per_step: int, total_steps: int
-) -> dict[str, Any]:
-    """Goes into every checkpoint; a resume compares it (`checkpoint.check_resume`)."""
-    return as_json(
-        {
-            "config": config,
-            "draft": draft,
-            "mask_token_id": draft.mask_token_id,
-            "index_digest": index_digest,
-            "capture": capture,
-            "rows_per_step": rows_per_step,
-            "total_steps": total_steps,
-            "versions": {name: metadata.version(name) for name in VERSIONED},
-        }
-    )
 
 
 @dataclass(frozen=True)
@@ -69,6 +54,14 @@ class Plan:
     accumulation: int
     total_steps: int
     eval_interval: int
+    save_interval: int
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.rows_per_slot * self.accumulation
+
+    def saves_after(self, step: int) -> bool:
+        return step % self.save_interval == 0 or step == self.total_steps
 
     def evaluates_after(self, step: int) -> bool:
         return bool(self.eval_rows) and (step % self.eval_interval == 0 or step == self.total_steps)
@@ -79,8 +72,7 @@ class Plan:
 
     def step_requests(self, step: int) -> tuple[Request, ...]:
         """The micro-batches of optimizer step `step`, counted from 0."""
-        rows_per_step = self.rows_per_slot * self.accumulation
-        ids = range(step * rows_per_step, (step + 1) * rows_per_step)
+        ids = range(step * self.rows_per_step, (step + 1) * self.rows_per_step)
         return tuple(
             Request("train", rows) for rows in _slots(((i, self.schedule.row(i)) for i in ids), self.rows_per_slot)
         )
@@ -101,6 +93,37 @@ def _slots(
     for start in range(0, len(rows), rows_per_slot):
         group = rows[start : start + rows_per_slot]
         yield tuple(group + [(len(rows) + i, ()) for i in range(rows_per_slot - len(group))])
+
+
+def make_plan(config: Config, lengths: Int[np.ndarray, " samples"], eval_lengths: Int[np.ndarray, " held_out"]) -> Plan:
+    """The plan of a run from the lengths of its samples, in tokens."""
+    schedule = Schedule(lengths, seed=config.seed, epochs=config.epochs, row_tokens=config.data.row_tokens)
+    steps = schedule.num_steps(config.rows_per_device * config.accumulation)
+    return Plan(
+        schedule=schedule,
+        eval_rows=plan_eval(eval_lengths, row_tokens=config.data.row_tokens, max_rows=config.data.eval_rows),
+        rows_per_slot=config.rows_per_device,
+        accumulation=config.accumulation,
+        total_steps=min(steps, config.max_steps or steps),
+        eval_interval=config.eval_interval,
+        save_interval=config.save_interval,
+    )
+
+
+def run_meta(config: Config, draft: DraftConfig, plan: Plan, ready: Any) -> dict[str, Any]:
+    """Goes into every checkpoint; a resume compares it (`checkpoint.check_resume`). `ready`: of the bridge."""
+    return as_json(
+        {
+            "config": config,
+            "draft": draft,
+            "mask_token_id": draft.mask_token_id,
+            "index_digest": ready.indexes["train"].digest,
+            "capture": ready.target.capture,
+            "rows_per_step": plan.rows_per_step,
+            "total_steps": plan.total_steps,
+            "versions": {name: metadata.version(name) for name in VERSIONED},
+        }
+    )
 
 
 class StopSignal:

@@ -1,0 +1,90 @@
+"""The end of a run: export, real decoding with the last and the first checkpoint, summary.json."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from jaxdraft.checkpoint import Checkpoints
+from jaxdraft.config import Config
+from jaxdraft.eval_result import EvalResult, summarise
+from jaxdraft.evaluate import choose_samples, decode_with
+from jaxdraft.export import export_draft
+from jaxdraft.features import Bridge
+from jaxdraft.model.dflash import DraftConfig
+from jaxdraft.model.tensors import to_tensors
+from jaxdraft.report import print_summary
+from jaxdraft.run import write_json
+from jaxdraft.step_log import StepLog
+from jaxdraft.target import TargetModel
+
+
+def finish(
+    config: Config,
+    console: Console,
+    run_dir: Path,
+    target: TargetModel,
+    draft: DraftConfig,
+    bridge: Bridge,
+    checkpoints: Checkpoints,
+    result: EvalResult | None,
+    log: StepLog,
+    started: float,
+) -> dict[str, Any]:
+    """Exports the last checkpoint to RUN/export, decodes held-out conversations, writes and prints the summary.
+
+    Args:
+      result: of the last evaluation; None without held-out data.
+      started: when this process began, by `time.perf_counter`.
+
+    Raises:
+      ValueError, BridgeError: the draft cannot be exported or decoded. The checkpoints are all there by then.
+    """
+    checkpoints.wait()
+    last, first = checkpoints.latest, checkpoints.first
+
+    def export(step: int, directory: Path) -> Path:
+        return export_draft(
+            to_tensors(checkpoints.restore_raw(step)["params"], draft),
+            draft,
+            target.config,
+            directory,
+            capture=bridge.ready.target.capture,
+            provenance={"run": config.name, "step": step, "target": config.target.path},
+        )
+
+    exported = export(last, run_dir / "export")
+    decoded = decoded_first = None
+    if result is not None and config.num_decode:
+        console.print(f"decoding {config.num_decode} held-out conversations with the target ...")
+        num_images = np.frombuffer(bridge.ready.indexes["eval"].num_images, np.uint8)
+        samples = choose_samples(result, num_images, config.num_decode)
+        decoded = decode_with(bridge, exported, samples, config.max_new_tokens)
+        if first != last:
+            baseline = export(first, run_dir / ".first")
+            decoded_first = decode_with(bridge, baseline, samples, config.max_new_tokens)
+            shutil.rmtree(baseline)
+
+    summary = {
+        "name": config.name,
+        "steps": last,
+        "seconds": time.perf_counter() - started,
+        "rows_per_second": log.rows_per_second,
+        "skipped_samples": log.num_skipped,
+        "bad_batches": log.bad_batches,
+        "target": config.target.path,
+        "target_backend": bridge.ready.target.backend,
+        "checkpoint": str(run_dir / "checkpoints" / str(last)),
+        "export": str(exported),
+        **({} if result is None else summarise(result, decoded)),
+        "first_step": first,
+        "tau_decoded_first": None if decoded_first is None else decoded_first.tau,
+    }
+    write_json(run_dir / "summary.json", summary)
+    print_summary(console, summary)
+    return summary

@@ -1,0 +1,168 @@
+"""What the loop hands every step to: metrics a step late, slots given back, skipped samples and bad batches counted.
+
+A step late means without a host sync: while the device computes step n, the host reads the metrics of step n-1, whose
+outputs are ready, and only then gives its slot back to the bridge.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from jaxdraft.config import Config
+from jaxdraft.features import FeatureStream, Slot
+from jaxdraft.metrics import MetricsLog, ProgressBar
+from jaxdraft.run import Plan
+
+SHOWN = ("loss", "accuracy", "slot_accuracy", "tau", "accept_len", "learning_rate", "grad_norm")
+
+
+class _Pending(NamedTuple):
+    step: int
+    metrics: Mapping[str, Any]
+    slot: Slot
+    last: bool  # of its optimizer step
+
+
+class StepLog:
+    """One run's log. Use as a context manager around the loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        console: Console,
+        plan: Plan,
+        stream: FeatureStream,
+        *,
+        first_step: int,
+    ):
+        self._config, self._stream, self._console = config, stream, console
+        self._metrics = MetricsLog(run_dir, resume_step=first_step)
+        self._bar = ProgressBar(console, total=plan.total_steps, done=first_step, log_interval=config.log_interval)
+        self._skip_file = run_dir / "skipped.jsonl"
+        self._skipped = _read_skips(self._skip_file)
+        self._pending: _Pending | None = None
+        self._micro = 0
+        self._rows = self._tokens = 0  # since the last optimizer step
+        self._last_time = time.perf_counter()
+        self._last_waited = stream.seconds_waiting
+        self.bad_batches = 0
+        self._rows_done, self._seconds = 0, 0.0  # of training, in this process
+
+    def __enter__(self) -> StepLog:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        try:
+            if kind is None:
+                self.settle()
+        finally:
+            self._bar.__exit__(kind, *exc)
+            self._metrics.__exit__(kind, *exc)
+
+    @property
+    def num_skipped(self) -> int:
+        """Samples left out: when the data was indexed, or later, their picture gone by then."""
+        return len(self._skipped)
+
+    @property
+    def rows_per_second(self) -> float | None:
+        """Of the training steps of this process, evaluation left out; None without a step."""
+        return self._rows_done / self._seconds if self._seconds else None
+
+    def push(self, step: int, metrics: Mapping[str, Any], slot: Slot) -> None:
+        """Takes over a dispatched micro-batch, and settles the one before it."""
+        self.settle()
+        self._micro = (self._micro + 1) % self._config.accumulation
+        self._pending = _Pending(step, metrics, slot, last=self._micro == 0)
+
+    def settle(self) -> None:
+        """Waits for the pending micro-batch, writes its metrics, releases its slot.
+
+        Raises:
+          ValueError: more bad batches than `max_bad_batches`.
+        """
+        if self._pending is None:
+            return
+        step, metrics, slot, last = self._pending
+        self._pending = None
+        metrics = jax.device_get(metrics)  # ready means that nothing reads the slot any more
+        self._stream.release(slot.filled)
+        self.note_skips((skip for row in slot.rows for skip in row.skipped), show=True)
+        self._note_bad_batch(step, metrics, slot)
+        self._rows += sum(row.num_tokens > 0 for row in slot.rows)
+        self._tokens += sum(row.num_tokens for row in slot.rows)
+        if last:
+            self._write_step(step, metrics)
+
+    def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
+        self._metrics.write(step, split, metrics)
+        self._last_time, self._last_waited = time.perf_counter(), self._stream.seconds_waiting  # not the step's time
+
+    def _write_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        now, waited = time.perf_counter(), self._stream.seconds_waiting
+        seconds, waiting = now - self._last_time, waited - self._last_waited
+        line = {name: _plain(metrics[name]) for name in SHOWN} | {
+            "rows_per_second": self._rows / seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "seconds": seconds,
+            "seconds_waiting": waiting,
+            "skipped_samples": self.num_skipped,
+            "bad_batches": self.bad_batches,
+        }
+        self._metrics.write(step, "train", line)
+        self._bar.show(step, line)
+        self._rows_done += self._rows
+        self._seconds += seconds
+        self._rows = self._tokens = 0
+        self._last_time, self._last_waited = now, waited
+
+    def note_skips(self, skips: Iterable[Any], *, show: bool = False) -> None:
+        """Lists samples that were left out in skipped.jsonl, each once."""
+        new = [skip for skip in skips if skip.where not in self._skipped]
+        if not new:
+            return
+        with self._skip_file.open("a") as file:
+            for skip in new:
+                self._skipped[skip.where] = skip.reason
+                file.write(json.dumps({"where": skip.where, "reason": skip.reason}) + "\n")
+                if show:
+                    self._console.print(f"skipped {skip.where}: {skip.reason}", highlight=False, soft_wrap=True)
+
+    def _note_bad_batch(self, step: int, metrics: Mapping[str, Any], slot: Slot) -> None:
+        if not metrics["bad_batch"]:
+            return
+        self.bad_batches += 1
+        rows = [row.row_id for row, bad in zip(slot.rows, metrics["bad_rows"], strict=True) if bad]
+        what = f"zero or non-finite features in rows {rows}" if rows else "a non-finite loss or gradient"
+        self._console.print(f"step {step}: {what}; this batch changed nothing", highlight=False, soft_wrap=True)
+        if self.bad_batches > self._config.max_bad_batches:
+            raise ValueError(
+                f"{self.bad_batches} batches with zero or non-finite features, loss or gradient, more than "
+                f"max_bad_batches={self._config.max_bad_batches}; the last was step {step}: {what}; "
+                "look at bridge.log, lower optim.learning_rate or raise max_bad_batches"
+            )
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and lists for JSON; null where a ratio has nothing to divide by."""
+    if np.ndim(value):
+        return [_plain(element) for element in np.asarray(value)]
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _read_skips(file: Path) -> dict[str, str]:
+    if not file.is_file():
+        return {}
+    return {line["where"]: line["reason"] for line in map(json.loads, file.read_text().splitlines())}

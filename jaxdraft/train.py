@@ -1,0 +1,147 @@
+"""Train a draft: `python -m jaxdraft.train --config NAME`. Reads top to bottom.
+
+    target and draft shapes -> bridge (index, target) -> row plan -> state, new or of the latest checkpoint
+    -> loop: slot -> step -> metrics, a step late -> now and then evaluate and save
+    -> export, decode for real, summary.json
+
+The same command again goes on from the latest checkpoint, with the losses and weights of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from jaxdraft import report
+from jaxdraft.checkpoint import Checkpoints, abstract_like, check_resume
+from jaxdraft.cli import parse_args, run_command
+from jaxdraft.config import Config
+from jaxdraft.convert import load_draft
+from jaxdraft.eval_result import EvalResult
+from jaxdraft.evaluate import evaluate_batches
+from jaxdraft.features import BridgeError, FeatureStream, open_bridge
+from jaxdraft.finish import finish
+from jaxdraft.model.dflash import DraftConfig
+from jaxdraft.model.tensors import from_tensors
+from jaxdraft.objective import Frozen
+from jaxdraft.run import StopSignal, make_plan, open_run_dir, run_meta
+from jaxdraft.step_log import StepLog
+from jaxdraft.target import TargetModel, load_frozen, make_draft_config, open_target
+from jaxdraft.train_step import StepConfig, TrainState, init_state, make_eval_step, make_train_step
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    train(parse_args(sys.argv[1:] if argv is None else argv), Console())
+
+
+def train(config: Config, console: Console) -> dict[str, Any] | None:
+    """Runs or resumes the whole job; returns the summary, None where SIGTERM or SIGINT ended it early.
+
+    Raises:
+      ValueError: what a user can repair, in one sentence.
+    """
+    started = time.perf_counter()
+
+    # What is trained: shapes from the target's config, start weights from the seed or a draft.
+    target = open_target(config.target)
+    draft, start_params = choose_draft(config, target)
+    run_dir = open_run_dir(config)
+
+    with (
+        StopSignal() as stop,
+        Checkpoints(run_dir, keep=config.keep_checkpoints) as checkpoints,
+        open_bridge(config, draft.target_layer_ids, log_path=run_dir / "bridge.log") as bridge,
+    ):
+        report.print_start(console, config, draft, bridge.ready)
+
+        # Which rows, in which order: a pure function of the index and the seed.
+        tables = bridge.ready.indexes
+        plan = make_plan(config, column_lengths(tables["train"]), column_lengths(tables.get("eval")))
+        report.print_plan(console, plan)
+
+        # The state: new, or exactly that of the latest checkpoint.
+        options = StepConfig(
+            num_anchors=config.num_anchors,
+            total_steps=plan.total_steps,
+            anchor_rule=config.anchor_rule,
+            accumulation=config.accumulation,
+            compute_dtype=config.compute_dtype,
+        )
+        embedding, head = load_frozen(config.target, target, jnp.dtype(config.compute_dtype))
+        frozen = Frozen(embedding=embedding, head=head)
+        state = init_state(draft, config.optim, options, jax.random.key(config.seed), params=start_params)
+        meta = run_meta(config, draft, plan, bridge.ready)
+        if checkpoints.latest is not None:
+            check_resume(checkpoints.meta(checkpoints.latest), meta)
+            state = checkpoints.restore(checkpoints.latest, abstract_like(state))
+            console.print(f"resuming from step {checkpoints.latest}")
+        first_step = int(state.step)
+
+        train_step = make_train_step(draft, config.loss, config.optim, options, frozen)
+        eval_step = make_eval_step(draft, config.loss, options, frozen)
+        key = jax.random.key(config.seed)
+        stream = FeatureStream(bridge, plan.requests(first_step))
+        result: EvalResult | None = None
+
+        with StepLog(config, run_dir, console, plan, stream, first_step=first_step) as log:
+            log.note_skips(skip for table in tables.values() for skip in table.skipped)
+            for step in range(first_step + 1, plan.total_steps + 1):
+                for micro in range(config.accumulation):
+                    with saved_on_bridge_error(checkpoints, step - 1, state, meta, complete=micro == 0):
+                        slot = next(stream)
+                    state, metrics = train_step(state, slot.batch, key)
+                    log.push(step, metrics, slot)  # writes the step before this one, and releases its slot
+                if evaluate := plan.evaluates_after(step):
+                    log.settle()
+                    result = evaluate_batches(
+                        eval_step, state.params, stream, len(plan.eval_requests), draft.block_size
+                    )
+                    log.write(step, "eval", result.metrics())
+                if evaluate or plan.saves_after(step) or stop.received:
+                    checkpoints.save(step, state, meta, tau=result.tau if evaluate else None)
+                if stop.received:
+                    console.print(f"{stop.received}: saved step {step}; the same command goes on from there")
+                    return None
+
+        if result is None and plan.eval_rows:  # the run was complete already
+            again = FeatureStream(bridge, plan.eval_requests)
+            result = evaluate_batches(eval_step, state.params, again, len(plan.eval_requests), draft.block_size)
+        return finish(config, console, run_dir, target, draft, bridge, checkpoints, result, log, started)
+
+
+@contextlib.contextmanager
+def saved_on_bridge_error(
+    checkpoints: Checkpoints, step: int, state: TrainState, meta: dict[str, Any], *, complete: bool
+) -> Iterator[None]:
+    """Saves what is trained before a bridge's death ends the run; `complete`: no optimizer step is half done."""
+    try:
+        yield
+    except BridgeError:
+        if complete and step > 0:
+            checkpoints.save(step, state, meta)
+        raise
+
+
+def column_lengths(table: Any | None) -> np.ndarray:
+    """Tokens of each sample of an index table; none without one."""
+    return np.frombuffer(b"" if table is None else table.lengths, "<i4")
+
+
+def choose_draft(config: Config, target: TargetModel) -> tuple[DraftConfig, dict[str, jax.Array] | None]:
+    """The draft's shape, and the weights to start from where `draft.init_from` names a directory."""
+    if config.draft.init_from is None:
+        return make_draft_config(config.draft, target), None
+    tensors, draft = load_draft(config.draft.init_from)
+    return draft, from_tensors(tensors, draft)
+
+
+if __name__ == "__main__":
+    run_command(main, BridgeError)
