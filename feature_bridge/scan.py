@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from feature_bridge import samples
 from feature_bridge.contracts import DataSpec, TargetSpec
@@ -101,19 +101,25 @@ def _scan_in_workers(
     done = 0
     lock = threading.Lock()
 
-    def collect(lines: IO[str]) -> None:
+    def collect(worker: subprocess.Popen[str]) -> None:
         nonlocal done
-        for line in lines:
+        for line in worker.stdout:
+            if not line.endswith("\n"):  # it was killed while it wrote
+                break
             entry = entry_of(json.loads(line))
             with lock:
                 entries[entry.row] = entry
                 done += 1
                 progress(done, num_rows)
+        if worker.wait() != 0:  # nothing comes of the others' work either
+            failed.append(worker.returncode)
+            for other in workers:
+                other.kill()
 
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     package_parent = str(Path(__file__).resolve().parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
-    workers, threads = [], []
+    workers, threads, failed = [], [], []
     try:
         for shard in range(num_workers):
             spec = {
@@ -129,22 +135,22 @@ def _scan_in_workers(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
             )
             workers.append(worker)
-            threads.append(threading.Thread(target=collect, args=(worker.stdout,), daemon=True))
+            threads.append(threading.Thread(target=collect, args=(worker,), daemon=True))
             threads[-1].start()
             with contextlib.suppress(BrokenPipeError):  # it died at once: seen below
                 worker.stdin.write(json.dumps(spec))
                 worker.stdin.close()
-        for worker, thread in zip(workers, threads, strict=True):
+        for thread in threads:
             thread.join()
-            if worker.wait() != 0:
-                raise RuntimeError(
-                    f"a process that indexes {field}={path!r} ended with code {worker.returncode}; "
-                    "see its message above, or lower data.num_workers if memory ran out"
-                )
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
+    if failed:
+        raise RuntimeError(
+            f"a process that indexes {field}={path!r} ended with code {failed[0]}; "
+            "see its message above, or lower data.num_workers if memory ran out"
+        )
     assert None not in entries, "a worker left out rows"
     return entries
 
