@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from text_target import open_target, write_target
 
 from feature_bridge.contracts import DataSpec, Decode, TargetSpec
-from feature_bridge.cpu_stand_ins import torchvision_ops
 from feature_bridge.decode import decode, draft_proposer, greedy, prompt_of, speculate
 from feature_bridge.index import build_indexes
 from feature_bridge.targets.base import Request
@@ -20,40 +20,9 @@ BLOCK_SIZE = 5
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 
 
-def make_target(directory, layer_ids, max_tokens=200):
-    torchvision_ops.ensure()
-    from feature_bridge.targets.huggingface import HuggingFaceTarget
-
-    return HuggingFaceTarget(
-        TargetSpec(path=str(directory), dtype="float32", layer_ids=layer_ids), Path(directory), max_tokens=max_tokens
-    )
-
-
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    """A random text target with few tokens, so that a random draft is sometimes right."""
-    torchvision_ops.ensure()
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=11,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        tie_word_embeddings=False,
-    )
-    model = Qwen3ForCausalLM(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 2:
-                weight.normal_(0, 0.3)
-    directory = tmp_path_factory.mktemp("target")
-    model.save_pretrained(directory)
-    return make_target(directory, layer_ids=(0, 2))
+    return open_target(write_target(tmp_path_factory.mktemp("target")), layer_ids=(0, 2))
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +164,7 @@ def test_refuses_a_draft_of_other_layers(target):
 
 @pytest.fixture(scope="module")
 def vlm():
-    return make_target(TINY / "target", layer_ids=(1, 5), max_tokens=1024)
+    return open_target(TINY / "target", layer_ids=(1, 5), max_tokens=1024)
 
 
 @pytest.fixture(scope="module")
