@@ -45,8 +45,9 @@ def use_in_gated_norm() -> None:
 # --- elementwise and reshaping operators ------------------------------------------------------------------------------
 
 
-def _sigmoid_mul(x: Tensor, gate: Tensor) -> None:
-    x.mul_(torch.sigmoid(gate.reshape(x.shape)))
+def _sigmoid_mul(x: Tensor, gate: Tensor, inplace: bool = True) -> Tensor:
+    assert inplace
+    return x.mul_(torch.sigmoid(gate.reshape(x.shape)))
 
 
 def _gemma_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -92,7 +93,7 @@ def _no_decoding(*args: Any, **kwargs: Any) -> Any:
 
 
 _OPERATORS: dict[str, Callable[..., Any]] = {
-    "fused_sigmoid_mul_cpu(Tensor(a!) x, Tensor gate) -> ()": _sigmoid_mul,
+    "fused_sigmoid_mul_cpu(Tensor(a!) x, Tensor gate, bool inplace=True) -> Tensor(a!)": _sigmoid_mul,
     "fused_qk_gemma_rmsnorm_cpu(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps, int head_dim)"
     " -> (Tensor, Tensor)": _qk_norm,
     "fused_qk_gemma_rmsnorm_with_gate_cpu(Tensor q_gate, Tensor k, Tensor q_weight, Tensor k_weight, float eps,"

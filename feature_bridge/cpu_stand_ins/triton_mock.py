@@ -28,9 +28,10 @@ def _install_sglangs_own_mock() -> None:
     sglang = importlib.util.find_spec("sglang")
     assert sglang is not None
     assert sglang.origin is not None
-    spec = importlib.util.spec_from_file_location(
-        "_sglang_platform_stubs", Path(sglang.origin).with_name("_platform_stubs.py")
-    )
+    file = Path(sglang.origin).with_name("_platform_stubs.py")
+    if not file.is_file():
+        raise ValueError(f"this SGLang has no {file.name}, which a CPU without triton needs; use SGLang 0.5.20")
+    spec = importlib.util.spec_from_file_location("_sglang_platform_stubs", file)
     assert spec is not None
     assert spec.loader is not None
     stubs = importlib.util.module_from_spec(spec)

@@ -5,7 +5,8 @@ Legend: N requests, T tokens of them all together, K captured layers, H the targ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from feature_bridge.contracts import TargetInfo
 
 Capture = Literal["layer_output", "next_layer_input"]
+# From a layer's hidden states, the residual beside them, and the layer's arguments by name: the state of its stream.
+StateOf = Callable[[Tensor, Any, Mapping[str, Any]], Tensor]
 
 
 class Grid(NamedTuple):
@@ -51,13 +54,15 @@ class Extended:
 class Target(Protocol):
     """A frozen target in this process.
 
-    `layers` are its own decoder layers; the start-up probe hooks them. `max_tokens` is what one request may hold.
+    `layers` are its own decoder layers and `state_of` reads their streams: the start-up probe hooks them. `max_tokens`
+    is what one request may hold.
     """
 
     info: TargetInfo
     layer_ids: tuple[int, ...]
     config: Any  # the transformers config
     layers: Sequence[nn.Module]
+    state_of: StateOf
     max_tokens: int
 
     def extend(self, requests: Sequence[Request], *, last_hidden: bool = False) -> Extended:
@@ -156,22 +161,26 @@ def _extremes(tokens: np.ndarray) -> str:
 # --- capturing from the layers themselves ----------------------------------------------------------------------------
 
 
+def plain_state(hidden: Tensor, residual: Any, given: Mapping[str, Any]) -> Tensor:
+    """What a layer's stream holds: hidden + residual, or hidden alone where the layer has added the residual itself."""
+    return hidden + residual if isinstance(residual, Tensor) else hidden.clone()
+
+
 class LayerStates:
     """Forward hooks on decoder layers that keep what a layer gives (or the next one gets) while the object is entered.
 
-    A state is hidden + residual where a layer hands the two on separately, as SGLang's do. `states[l]` is the list of
-    the calls' states, each [tokens, H], copied: later code may add to a layer's output in place.
+    `states[l]` is the list of the calls' states, each [tokens, H], copied: later code may add to an output in place.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], ids: Iterable[int], capture: Capture):
+    def __init__(self, layers: Sequence[nn.Module], ids: Iterable[int], capture: Capture, state_of: StateOf):
         self.states: dict[int, list[Tensor]] = {l: [] for l in ids}
-        self._layers, self._capture = layers, capture
+        self._layers, self._capture, self._state_of = layers, capture, state_of
         self._handles: list[Any] = []
 
     def __enter__(self) -> LayerStates:
         for l in self.states:
             if self._capture == "layer_output":
-                handle = self._layers[l].register_forward_hook(self._on_output(l))
+                handle = self._layers[l].register_forward_hook(self._on_output(l), with_kwargs=True)
             else:
                 handle = self._layers[l + 1].register_forward_pre_hook(self._on_input(l), with_kwargs=True)
             self._handles.append(handle)
@@ -182,27 +191,26 @@ class LayerStates:
             self._handles.pop().remove()
 
     def _on_output(self, l: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             hidden, residual = (*output, None)[:2] if isinstance(output, tuple) else (output, None)
-            self._keep(l, hidden, residual)
+            self._keep(l, hidden, residual, _by_name(layer, args, kwargs))
 
         return hook
 
     def _on_input(self, l: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = _by_name(module, args, kwargs)
-            self._keep(l, given["hidden_states"], given.get("residual"))
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = _by_name(layer, args, kwargs)
+            self._keep(l, given["hidden_states"], given.get("residual"), given)
 
         return hook
 
-    def _keep(self, l: int, hidden: Tensor, residual: Any) -> None:
-        state = hidden + residual if isinstance(residual, Tensor) else hidden.clone()
+    def _keep(self, l: int, hidden: Tensor, residual: Any, given: dict[str, Any]) -> None:
+        state = self._state_of(hidden, residual, given)
         self.states[l].append(state.detach().reshape(-1, state.shape[-1]))
 
 
-def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = module.forward.__code__.co_varnames[1 : module.forward.__code__.co_argcount]
-    return dict(zip(names, args, strict=False)) | kwargs
+def _by_name(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return inspect.signature(layer.forward).bind_partial(*args).arguments | kwargs
 
 
 def split_lengths(requests: Sequence[Request]) -> list[int]:

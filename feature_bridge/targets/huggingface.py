@@ -23,12 +23,15 @@ from feature_bridge.targets.base import (
     check_request,
     has_deepstack,
     join,
+    plain_state,
     text_config,
 )
 
 
 class HuggingFaceTarget:
     """See `base.Target`."""
+
+    state_of = staticmethod(plain_state)
 
     def __init__(self, spec: TargetSpec, directory: Path, *, max_tokens: int, capture: Capture = "layer_output"):
         """`capture` matters only where deepstack adds visual features between layers (Qwen3-VL)."""
@@ -63,7 +66,7 @@ class HuggingFaceTarget:
         features, hidden = [], []
         for request in requests:
             inputs = self._inputs(request)
-            with LayerStates(self.layers, self.layer_ids, self._capture) as captured:
+            with LayerStates(self.layers, self.layer_ids, self._capture, plain_state) as captured:
                 output = self._model.model(**inputs, use_cache=False)
             features.append(torch.cat([captured.states[l][0] for l in self.layer_ids], dim=-1))
             if last_hidden:

@@ -41,8 +41,8 @@ def check_layer_contract(target: Target, declared: Capture | None) -> Capture:
     requests = probe_requests(target, seed=0)
     below_last = range(target.info.num_layers - 1)
     with (
-        LayerStates(target.layers, below_last, "layer_output") as outputs,
-        LayerStates(target.layers, below_last, "next_layer_input") as inputs,
+        LayerStates(target.layers, below_last, "layer_output", target.state_of) as outputs,
+        LayerStates(target.layers, below_last, "next_layer_input", target.state_of) as inputs,
     ):
         features = target.extend(requests).features
     num_tokens, width = sum(len(request.tokens) for request in requests), target.info.hidden_size

@@ -30,6 +30,8 @@ EMBEDDING_CACHE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 class SGLangTarget:
     """See `base.Target`. One per process: SGLang keeps its parallel state and settings in globals."""
 
+    state_of = staticmethod(versions.layer_state)
+
     def __init__(self, spec: TargetSpec, directory: Path, *, max_tokens: int):
         """Load the model. `max_tokens` is what one extend may hold: it sizes the key-value pool.
 

@@ -15,11 +15,13 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from feature_bridge.targets.base import Capture
+from torch import Tensor
+
+from feature_bridge.targets.base import Capture, plain_state
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ def _publish(args: Any) -> None:
         from sglang.srt import runtime_context
     except ImportError:
         return
+    if not hasattr(runtime_context, "publish"):
+        return
     if "ranks" in inspect.signature(runtime_context.publish).parameters:
         ranks = runtime_context.SpawnRanks(world_rank=0, gpu_id=0)
         runtime_context.publish(args, role="scheduler", ranks=ranks)
@@ -190,6 +194,12 @@ def capture_layers(model: Any, model_type: str, layer_ids: Sequence[int]) -> str
         f"SGLang {installed_version()} cannot capture hidden states of {type(model).__name__} (no "
         f"{' or '.join(names)}); use target.backend='huggingface' or another SGLang version"
     )
+
+
+def layer_state(hidden: Any, residual: Any, given: Mapping[str, Any]) -> Tensor:
+    """The state of a layer's stream, see `base.plain_state`; 0.5.23 keeps the residual in the batch."""
+    stream = getattr(given.get("forward_batch"), "residual_stream", None)
+    return stream.snapshot(hidden) if stream is not None else plain_state(hidden, residual, given)
 
 
 # --- one extend ------------------------------------------------------------------------------------------------------
