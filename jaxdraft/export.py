@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,10 +20,10 @@ from typing import Any, Literal
 import ml_dtypes
 import msgspec
 import numpy as np
-import tyro
 from safetensors.numpy import save_file
 
 from jaxdraft.checkpoint import Checkpoints, load_params
+from jaxdraft.cli import parse_options, run_command
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import tensor_table, to_tensors
 
@@ -262,12 +261,8 @@ def export_run(arguments: Arguments) -> Path:
 
 
 def main() -> None:
-    try:
-        directory = export_run(tyro.cli(Arguments, prog="python -m jaxdraft.export"))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print(f"exported to {directory}")
+    print(f"exported to {export_run(parse_options(Arguments, None, 'python -m jaxdraft.export'))}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

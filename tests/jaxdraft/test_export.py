@@ -14,10 +14,14 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from feature_bridge.cpu_stand_ins import torchvision_ops
+from jaxdraft.checkpoint import Checkpoints, as_json, load_params
+from jaxdraft.config import Config, DataConfig, TargetConfig
 from jaxdraft.convert import load_draft, parse_draft_config
-from jaxdraft.export import check_tensors, export_draft, hf_config
+from jaxdraft.export import Arguments, check_tensors, export_draft, export_run, hf_config
 from jaxdraft.model.dflash import DraftConfig, bind
 from jaxdraft.model.tensors import from_tensors, tensor_table, to_tensors
+from jaxdraft.optim import OptimConfig
+from jaxdraft.train_step import StepConfig, init_state
 
 CONFIG = DraftConfig(
     hidden_size=40,
@@ -312,6 +316,52 @@ def test_load_refuses_a_missing_tensor_and_an_empty_directory(tmp_path):
         load_draft(tmp_path / "nowhere")
 
 
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run with two checkpoints, the first one rated better."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "target").mkdir()
+    (root / "target" / "config.json").write_text(json.dumps(TARGET))
+    config = Config(
+        name="run", target=TargetConfig(path=str(root / "target")), data=DataConfig(train_path="unused.jsonl")
+    )
+    meta = as_json({"config": config, "draft": SLIDING, "capture": "layer_output"})
+    options = StepConfig(num_anchors=1, total_steps=2)
+    with Checkpoints(root / "run", keep=3) as checkpoints:
+        for step, rated in ((1, 2.5), (2, 2.0)):
+            params = from_tensors(random_tensors(SLIDING, seed=step), SLIDING)
+            params = {name: jnp.asarray(value) for name, value in params.items()}
+            state = init_state(SLIDING, OptimConfig(), options, jax.random.key(0), params=params)
+            checkpoints.save(step, state, meta, tau=rated)
+    return root / "run"
+
+
+@pytest.mark.parametrize(("step", "chosen"), [("best", 1), ("latest", 2), ("2", 2), ("first", 1)])
+def test_exports_a_checkpoint_of_a_run(run_dir, tmp_path, step, chosen):
+    export_run(Arguments(checkpoint=str(run_dir), output=str(tmp_path / "draft"), step=step, dtype="float32"))
+    tensors, config = load_draft(tmp_path / "draft")
+    assert config == SLIDING
+    for name, array in random_tensors(SLIDING, seed=chosen).items():
+        np.testing.assert_array_equal(tensors[name], array, err_msg=name)
+    about = json.loads((tmp_path / "draft" / "export.json").read_text())
+    assert (about["step"], about["run"], about["capture"]) == (chosen, "run", "layer_output")
+
+
+def test_a_checkpoint_with_a_missing_tensor_is_not_exported(run_dir, tmp_path, monkeypatch):
+    params, meta = load_params(run_dir)
+    del params["layers.1.self_attn.k_norm"]
+    monkeypatch.setattr("jaxdraft.export.load_params", lambda *_: (params, meta))
+    with pytest.raises(ValueError, match=rf"{K_NORM} is missing"):
+        export_run(Arguments(checkpoint=str(run_dir), output=str(tmp_path / "draft")))
+    assert not (tmp_path / "draft").exists()
+
+
+def test_a_run_whose_target_has_moved(run_dir, tmp_path):
+    arguments = Arguments(checkpoint=str(run_dir), output=str(tmp_path / "draft"), target=str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match="gone has no config.json here; say where the target is with --target"):
+        export_run(arguments)
+
+
 def test_the_command_says_one_sentence(tmp_path):
     command = [
         sys.executable,
@@ -323,7 +373,7 @@ def test_the_command_says_one_sentence(tmp_path):
         str(tmp_path / "d"),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "no checkpoints/ folder" in done.stderr
     assert "Traceback" not in done.stderr
