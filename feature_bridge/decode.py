@@ -18,6 +18,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def decode(target: Target, processor: Processor, index: Index, request: Decode) 
     prompts = [prompt_of(index.sample(position), processor) for position in request.samples]
     stop = processor.eos_token_ids
     generated = speculate(target, propose, prompts, stop, request.max_new_tokens)
-    alone = greedy(target, prompts, stop, request.max_new_tokens)
+    alone = _greedy_once(target, index, request, prompts, stop)
     return Decoded(
         request_id=request.request_id,
         samples=tuple(
@@ -55,6 +56,20 @@ def decode(target: Target, processor: Processor, index: Index, request: Decode) 
         ),
         seconds=time.monotonic() - start,
     )
+
+
+# The target's own answers do not depend on the draft, and a run decodes the same conversations with several.
+_answers: WeakKeyDictionary[Target, dict[tuple[str, int, int], tuple[int, ...]]] = WeakKeyDictionary()
+
+
+def _greedy_once(
+    target: Target, index: Index, request: Decode, prompts: Sequence[Request], stop: Collection[int]
+) -> list[tuple[int, ...]]:
+    known = _answers.setdefault(target, {})
+    keys = [(index.digest, position, request.max_new_tokens) for position in request.samples]
+    new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
+    known.update(zip(new, greedy(target, list(new.values()), stop, request.max_new_tokens), strict=True))
+    return [known[key] for key in keys]
 
 
 def prompt_of(sample: Sample, processor: Processor) -> Request:

@@ -187,6 +187,7 @@ def test_conversations_with_pictures(vlm, index, tmp_path):
     decoded = decode(vlm, index.processor, index, request)
     assert decoded.request_id == 4
     assert [s.sample for s in decoded.samples] == list(positions)
+    assert decode(vlm, index.processor, index, request).samples == decoded.samples
     for sample in decoded.samples:
         assert sample.tokens == sample.target_tokens
         prompt = prompt_of(index.sample(sample.sample), index.processor)
