@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-from dflash.model import DFlashDraftModel
 from safetensors.torch import save_file
-from transformers import Qwen3Config
 
+from feature_bridge.cpu_stand_ins import torchvision_ops
 from feature_bridge.torch_draft import TorchDraft, read_shape
 
 BASE = {
@@ -37,6 +36,10 @@ SLIDING = {
 
 def make_peer(**changes):
     """z-lab's model with random weights, norms included."""
+    torchvision_ops.ensure()  # it imports transformers' image code
+    from dflash.model import DFlashDraftModel
+    from transformers import Qwen3Config
+
     torch.manual_seed(3)
     model = DFlashDraftModel(Qwen3Config(**{**BASE, **changes})).eval()
     with torch.no_grad():
