@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -33,12 +33,15 @@ def open_run_dir(config: Config) -> Path:
     return run_dir
 
 
+Rows = Sequence[tuple[int, tuple[int, ...]]]  # (row id, samples)
+
+
 @dataclass(frozen=True)
 class Request:
-    """One slot to fill: rows as (row id, samples), `rows_per_slot` of them."""
+    """One micro-batch to fill: rows as (row id, samples), `rows_per_micro_batch` of them."""
 
     split: str
-    rows: tuple[tuple[int, tuple[int, ...]], ...]
+    rows: Rows
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Plan:
 
     schedule: Schedule
     eval_rows: tuple[tuple[int, ...], ...]
-    rows_per_slot: int
+    rows_per_micro_batch: int
     accumulation: int
     total_steps: int
     eval_interval: int
@@ -58,7 +61,7 @@ class Plan:
 
     @property
     def rows_per_step(self) -> int:
-        return self.rows_per_slot * self.accumulation
+        return self.rows_per_micro_batch * self.accumulation
 
     def saves_after(self, step: int) -> bool:
         return step % self.save_interval == 0 or step == self.total_steps
@@ -68,14 +71,13 @@ class Plan:
 
     @property
     def eval_requests(self) -> tuple[Request, ...]:
-        return tuple(Request("eval", rows) for rows in _slots(enumerate(self.eval_rows), self.rows_per_slot))
+        return tuple(Request("eval", rows) for rows in self._micro_batches(list(enumerate(self.eval_rows))))
 
     def step_requests(self, step: int) -> tuple[Request, ...]:
         """The micro-batches of optimizer step `step`, counted from 0."""
         ids = range(step * self.rows_per_step, (step + 1) * self.rows_per_step)
-        return tuple(
-            Request("train", rows) for rows in _slots(((i, self.schedule.row(i)) for i in ids), self.rows_per_slot)
-        )
+        rows = [(i, self.schedule.row(i)) for i in ids]
+        return tuple(Request("train", group) for group in self._micro_batches(rows))
 
     def requests(self, first_step: int) -> Iterator[Request]:
         """Everything from optimizer step `first_step` to the end of the run."""
@@ -84,25 +86,25 @@ class Plan:
             if self.evaluates_after(step + 1):
                 yield from self.eval_requests
 
-
-def _slots(
-    rows: Iterable[tuple[int, tuple[int, ...]]], rows_per_slot: int
-) -> Iterator[tuple[tuple[int, tuple[int, ...]], ...]]:
-    """Groups of `rows_per_slot` rows, the last one completed by empty rows."""
-    rows = list(rows)
-    for start in range(0, len(rows), rows_per_slot):
-        group = rows[start : start + rows_per_slot]
-        yield tuple(group + [(len(rows) + i, ()) for i in range(rows_per_slot - len(group))])
+    def _micro_batches(self, rows: Rows) -> Iterator[Rows]:
+        """Groups of `rows_per_micro_batch` rows, the last one completed by empty rows."""
+        size = self.rows_per_micro_batch
+        for start in range(0, len(rows), size):
+            group = tuple(rows[start : start + size])
+            yield group + tuple((len(rows) + i, ()) for i in range(size - len(group)))
 
 
-def make_plan(config: Config, lengths: Int[np.ndarray, " samples"], eval_lengths: Int[np.ndarray, " held_out"]) -> Plan:
-    """The plan of a run from the lengths of its samples, in tokens."""
+def make_plan(
+    config: Config, lengths: Int[np.ndarray, " samples"], eval_lengths: Int[np.ndarray, " held_out"], num_devices: int = 1
+) -> Plan:
+    """The plan of a run from the lengths of its samples, in tokens. A slot of every device makes a micro-batch."""
+    rows = config.rows_per_device * num_devices
     schedule = Schedule(lengths, seed=config.seed, epochs=config.epochs, row_tokens=config.data.row_tokens)
-    steps = schedule.num_steps(config.rows_per_device * config.accumulation)
+    steps = schedule.num_steps(rows * config.accumulation)
     return Plan(
         schedule=schedule,
         eval_rows=plan_eval(eval_lengths, row_tokens=config.data.row_tokens, max_rows=config.data.eval_rows),
-        rows_per_slot=config.rows_per_device,
+        rows_per_micro_batch=rows,
         accumulation=config.accumulation,
         total_steps=min(steps, config.max_steps or steps),
         eval_interval=config.eval_interval,

@@ -10,6 +10,7 @@ The same command again goes on from the latest checkpoint, with the losses and w
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
 from jaxdraft import report
@@ -33,9 +35,10 @@ from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import from_tensors
 from jaxdraft.objective import Frozen
 from jaxdraft.run import StopSignal, make_plan, open_run_dir, run_meta
+from jaxdraft.sharding import ShardingRules, make_mesh
 from jaxdraft.step_log import StepLog
 from jaxdraft.target import TargetModel, load_frozen, make_draft_config, open_target
-from jaxdraft.train_step import StepConfig, TrainState, init_state, make_eval_step, make_train_step
+from jaxdraft.train_step import StepConfig, TrainState, init_state, make_eval_step, make_train_step, state_shardings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,18 +56,25 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
     # What is trained: shapes from the target's config, start weights from the seed or a draft.
     target = open_target(config.target)
     draft, start_params = choose_draft(config, target)
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     run_dir = open_run_dir(config)
 
     with (
         StopSignal() as stop,
         Checkpoints(run_dir, keep=config.keep_checkpoints) as checkpoints,
-        open_bridge(config, draft.target_layer_ids, log_path=run_dir / "bridge.log") as bridge,
+        contextlib.ExitStack() as stack,
     ):
+        # One bridge for each of this host's devices, its ring of slots in that device's memory.
+        bridges = [
+            stack.enter_context(open_bridge(config, draft.target_layer_ids, log_path=run_dir / f"bridge{i or ''}.log"))
+            for i in range(len(mesh.local_devices))
+        ]
+        bridge = bridges[0]
         report.print_start(console, config, draft, bridge.ready)
 
         # Which rows, in which order: a pure function of the index and the seed.
         tables = bridge.ready.indexes
-        plan = make_plan(config, column_lengths(tables["train"]), column_lengths(tables.get("eval")))
+        plan = make_plan(config, column_lengths(tables["train"]), column_lengths(tables.get("eval")), mesh.size)
         report.print_plan(console, plan)
 
         # The state: new, or exactly that of the latest checkpoint.
@@ -75,9 +85,13 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
             accumulation=config.accumulation,
             compute_dtype=config.compute_dtype,
         )
-        embedding, head = load_frozen(config.target, target, jnp.dtype(config.compute_dtype))
-        frozen = Frozen(embedding=embedding, head=head)
-        state = init_state(draft, config.optim, options, jax.random.key(config.seed), params=start_params)
+        frozen = place_frozen(*load_frozen(config.target, target, jnp.dtype(config.compute_dtype)), mesh)
+        key = jax.random.key(config.seed)
+        place = jax.jit(
+            functools.partial(init_state, draft, config.optim, options),
+            out_shardings=state_shardings(draft, config.optim, options, mesh),
+        )
+        state = place(key, params=start_params)
         meta = run_meta(config, draft, plan, bridge.ready)
         if checkpoints.latest is not None:
             check_resume(checkpoints.meta(checkpoints.latest), meta)
@@ -85,10 +99,9 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
             console.print(f"resuming from step {checkpoints.latest}")
         first_step = int(state.step)
 
-        train_step = make_train_step(draft, config.loss, config.optim, options, frozen)
+        train_step = make_train_step(draft, config.loss, config.optim, options, frozen, mesh=mesh)
         eval_step = make_eval_step(draft, config.loss, options, frozen)
-        key = jax.random.key(config.seed)
-        stream = FeatureStream(bridge, plan.requests(first_step))
+        stream = FeatureStream(bridges, plan.requests(first_step), row_sharding(mesh))
         result: EvalResult | None = None
 
         with StepLog(config, run_dir, console, plan, stream, first_step=first_step) as log:
@@ -112,7 +125,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
                     return None
 
         if result is None and plan.eval_rows:  # the run was complete already
-            again = FeatureStream(bridge, plan.eval_requests)
+            again = FeatureStream(bridges, plan.eval_requests, row_sharding(mesh))
             result = evaluate_batches(eval_step, state.params, again, len(plan.eval_requests), draft.block_size)
         return finish(config, console, run_dir, target, draft, bridge, checkpoints, result, log, started)
 
@@ -128,6 +141,17 @@ def saved_on_bridge_error(
         if complete and step > 0:
             checkpoints.save(step, state, meta)
         raise
+
+
+def place_frozen(embedding: jax.Array, head: jax.Array, mesh: Mesh) -> Frozen:
+    """The frozen matrices on the mesh, over the vocabulary; still one array where they are tied."""
+    sharding = NamedSharding(mesh, ShardingRules().spec(("vocab", None)))
+    placed = jax.device_put(embedding, sharding)
+    return Frozen(embedding=placed, head=placed if head is embedding else jax.device_put(head, sharding))
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, ShardingRules().spec(("rows",)))
 
 
 def column_lengths(table: Any | None) -> np.ndarray:
