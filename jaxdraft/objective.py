@@ -50,6 +50,7 @@ class Predictions:
       predicted: the draft's token for slots 1..B-1.
       hits: prediction equals the sample's own token; False beyond the sample's end.
       supervised: slots that the loss counts.
+      nll: negative log-likelihood of the labels; meaningless where not `supervised`.
       sums: of these rows, to be added up over batches; `sums.metrics()` gives loss, accuracy, tau, ...
     """
 
@@ -57,6 +58,7 @@ class Predictions:
     predicted: Int[Array, "r n k"]
     hits: Bool[Array, "r n k"]
     supervised: Bool[Array, "r n k"]
+    nll: Float[Array, "r n k"]
     sums: LossSums
 
 
@@ -112,6 +114,7 @@ def predict(
         predicted=predicted,
         hits=hits,
         supervised=labels.supervised,
+        nll=nll,
         sums=loss_sums(nll, predicted, labels, valid, samples, loss),
     )
 

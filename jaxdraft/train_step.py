@@ -175,7 +175,7 @@ def make_train_step(
 
         (_, sums), grads = jax.value_and_grad(numerator, has_aux=True)(state.params)
         bad_rows = unhealthy_rows(batch, draft.hidden_size)
-        ok = ~jnp.any(bad_rows) & jnp.isfinite(sums.numerator) & jnp.isfinite(optax.global_norm(grads))
+        ok = ~jnp.any(bad_rows) & jnp.isfinite(sums.numerator) & jnp.isfinite(optax.tree.norm(grads))
         grads, sums = jax.tree.map(lambda x: jnp.where(ok, x, 0), (grads, sums))
 
         state = dataclasses.replace(
@@ -238,7 +238,7 @@ def _accumulate(state: TrainState, grads: Params, sums: LossSums, optim: OptimCo
 def _update(state: TrainState, grads: Params, sums: LossSums, optim: OptimConfig, options: StepConfig):
     """One optimizer update from summed gradients; without anything to learn from only the step is counted."""
     grads = jax.tree.map(lambda g: g / jnp.maximum(sums.denominator, jnp.finfo(jnp.float32).tiny), grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     rate = learning_rate(optim, options.total_steps, state.step)
     direction, opt_state = make_optimizer(optim).update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)

@@ -201,7 +201,8 @@ class DFlashDraft(nnx.Module):
         Args:
           block_embeddings: embeddings of [anchor token, MASK, MASK, ...], before `input_embedding_scale`.
           context: what `context` returned.
-          anchors: row index of each block's anchor; a block sees context [its sample's start, anchor).
+          anchors: row index of each block's anchor; a block sees context [its sample's start, anchor). An anchor s,
+            one past the row, continues its last sample, as in decoding.
           valid: False for blocks that do not exist.
           segment_start: first row index of the sample that each token belongs to.
           implementation: of the attention, see `jaxdraft.ops.block_attention`.
@@ -220,7 +221,7 @@ def block_geometry(
 ) -> BlockGeometry:
     """Positions and context intervals of the blocks: slot k at anchor a has position a + k within its sample."""
     slot_b = jnp.arange(config.block_size)
-    start_rn = jnp.take_along_axis(segment_start, anchors, axis=1)
+    start_rn = jnp.take_along_axis(segment_start, anchors, axis=1, mode="clip")
     position_rnb = (anchors - start_rn)[..., None] + slot_b
     position_rs = jnp.arange(segment_start.shape[1]) - segment_start
     sliding_start = None
@@ -260,7 +261,7 @@ def bind(config: DraftConfig, params: dict[str, Array], dtype=jnp.bfloat16) -> D
         raise ValueError(
             f"draft parameters do not fit the config: {sorted(dict(wrong))[:4]} differ; use its own config"
         )
-    return nnx.merge(graphdef, nnx.State.from_flat_path({path: params[_name(path)] for path in expected}))
+    return nnx.merge(graphdef, nnx.from_flat_state([(path, params[_name(path)]) for path in expected]))
 
 
 def parameter_axes(config: DraftConfig) -> dict[str, tuple[str | None, ...]]:

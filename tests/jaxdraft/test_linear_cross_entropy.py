@@ -1,0 +1,109 @@
+"""The chunked frozen-head cross entropy against full logits, at sizes that no chunk divides."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxdraft.losses import LossConfig, dpace_weights
+from jaxdraft.ops.linear_cross_entropy import linear_cross_entropy, reference
+
+
+def random_inputs(seed: int, r: int, t: int, v: int, h: int, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    return (
+        jnp.asarray(rng.normal(size=(r, t, h)), dtype),
+        jnp.asarray(rng.normal(size=(v, h)), dtype),
+        jnp.asarray(rng.integers(0, v, (r, t)), jnp.int32),
+        jnp.asarray(rng.normal(size=(r, t)), jnp.float32),
+    )
+
+
+def value_and_gradient(function, hidden, head, labels, weights, **options):
+    def loss(hidden):
+        nll, predicted = function(hidden, head, labels, **options)
+        return jnp.sum(nll * weights), (nll, predicted)
+
+    (_, outputs), gradient = jax.value_and_grad(loss, has_aux=True)(hidden)
+    return outputs, gradient
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chunk_tokens", "scalars"),
+    [
+        ((1, 1, 3, 2), 64, {}),
+        ((2, 13, 101, 8), 4, {"multiplier": 0.7}),
+        ((2, 13, 101, 8), None, {"softcap": 3.0}),
+        ((3, 7, 33, 5), 1, {"multiplier": 2.0, "softcap": 1.5}),
+    ],
+)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_equals_full_logits(sizes, chunk_tokens, scalars, seed):
+    inputs, options = random_inputs(seed, *sizes), {"chunk_tokens": chunk_tokens} | scalars
+    (nll, predicted), gradient = value_and_gradient(linear_cross_entropy, *inputs, **options)
+    (expected, expected_predicted), expected_gradient = value_and_gradient(reference, *inputs, **scalars)
+    np.testing.assert_allclose(nll, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(predicted, expected_predicted)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+    # Without a gradient, another path runs.
+    nll, predicted = linear_cross_entropy(*inputs[:3], **options)
+    np.testing.assert_allclose(nll, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(predicted, expected_predicted)
+
+
+def test_qwen35_vocabulary():
+    """V = 248,320 is no multiple of 2,048; the last ids count like the first."""
+    hidden, head, labels, weights = random_inputs(0, 1, 5, 248_320, 4)
+    labels = labels.at[0, 0].set(248_319).at[0, 1].set(0)
+    head = head.at[248_319].set(20 * hidden[0, 2])  # most likely at token 2
+    (nll, predicted), gradient = value_and_gradient(linear_cross_entropy, hidden, head, labels, weights, chunk_tokens=2)
+    (expected, _), expected_gradient = value_and_gradient(reference, hidden, head, labels, weights)
+    np.testing.assert_allclose(nll, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+    assert int(predicted[0, 2]) == 248_319
+
+
+def test_weights_may_depend_on_the_label_probability():
+    """D-PACE's detached weights from exp(-nll): the gradient is that of fixed weights."""
+    hidden, head, labels, _ = random_inputs(1, 1, 15, 31, 6)
+    mask, kind = jnp.ones((1, 3, 5), bool), "dpace"
+
+    def loss(function):
+        def f(hidden):
+            nll = function(hidden, head, labels)[0].reshape(1, 3, 5)
+            return jnp.sum(dpace_weights(nll, mask, kind, LossConfig().dpace_alpha) * nll)
+
+        return jax.value_and_grad(f)(hidden)
+
+    (value, gradient), (expected, expected_gradient) = loss(linear_cross_entropy), loss(reference)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_accumulates_in_float32():
+    inputs = random_inputs(2, 2, 9, 203, 64, jnp.bfloat16)
+    (nll, _), gradient = value_and_gradient(linear_cross_entropy, *inputs, chunk_tokens=4)
+    exact = tuple(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in inputs)
+    (expected, _), expected_gradient = value_and_gradient(reference, *exact)
+    assert nll.dtype == jnp.float32
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(nll, expected, rtol=1e-4, atol=1e-4)
+    error = np.linalg.norm(np.asarray(gradient, np.float32) - expected_gradient) / np.linalg.norm(expected_gradient)
+    assert error < 1e-2
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_no_array_is_larger_than_a_chunk(with_gradient):
+    t, v, h, chunk = 1000, 4001, 8, 10
+    hidden, head, labels, weights = random_inputs(3, 1, t, v, h)
+
+    def f(hidden):
+        return jnp.sum(linear_cross_entropy(hidden, head, labels, chunk_tokens=chunk)[0] * weights)
+
+    compiled = jax.jit(jax.grad(f) if with_gradient else f).lower(hidden).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 6 * 4 * chunk * v < 4 * t * v
