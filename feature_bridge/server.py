@@ -10,6 +10,7 @@ release frees its slot during a fill, and the end of the connection ends the pro
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import faulthandler
 import importlib
@@ -187,4 +188,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Registered first, so it runs after every other exit handler, and before what native libraries do after the
+    # interpreter: gloo's threads, which SGLang starts, take many seconds to end.
+    status = 1
+    atexit.register(lambda: os._exit(status))
+    status = main()

@@ -2,15 +2,15 @@
 
 It does as told by the request: split "eval" is an error of that request, and a row with sample id
   SLEEP: fills half a slot and then takes for ever;
-  CRASH: ends the process with exit code 7;  SPAWN: starts a child that outlives it, and puts its id into the log.
+  CRASH: ends the process with exit code 7;  SPAWN: forks a child that keeps its connection open, and puts
+  the child's id into the log.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
-import subprocess
-import sys
 import time
 
 from feature_bridge.contracts import (
@@ -48,7 +48,9 @@ def make_spec(
 
 class FakeWorker:
     def __init__(self, spec: BridgeSpec):
-        print("target:", spec.target.path)
+        death_signal = ctypes.c_int()
+        ctypes.CDLL(None).prctl(2, ctypes.byref(death_signal))  # PR_GET_PDEATHSIG
+        print("target:", spec.target.path, "death signal:", death_signal.value)
         if spec.target.path == "missing":
             raise ValueError("target.path='missing' does not exist:\n give a directory or a hub id")
         if spec.target.path == "broken":
@@ -84,7 +86,9 @@ class FakeWorker:
         print("filling", [row.row_id for row in rows])
         special = {sample for row in rows for sample in row.samples}
         if SPAWN in special:
-            print("child", subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"]).pid)
+            if (child := os.fork()) == 0:
+                time.sleep(1000)
+            print("child", child)
         if CRASH in special:
             print("the last words")
             os._exit(7)

@@ -166,6 +166,9 @@ def test_a_python_that_cannot_run_the_bridge(tmp_path, scratch):
     with pytest.raises(BridgeError, match=r"exit code 3; its log .*/log ends: no such module") as caught:
         start(tmp_path / "log", python=str(script))
     assert caught.value.kind == "died"
+    script.write_text("#!/bin/sh\nexit 3\n")  # what the log says of earlier bridges is not the reason
+    with pytest.raises(BridgeError, match=r"exit code 3; its log .*/log is empty"):
+        start(tmp_path / "log", python=str(script))
 
 
 def test_a_bridge_killed_in_the_middle_of_a_fill(tmp_path, scratch):
@@ -209,7 +212,9 @@ def test_close_in_good_order(tmp_path, scratch):
     assert client.exit_code == 0
 
 
-def test_the_sigterm_that_a_scheduler_sends_to_everybody(client):
+def test_sigterm_means_the_trainers_death_or_nothing(client, tmp_path):
+    """The kernel sends it when the trainer dies; a scheduler sends it to everybody, and the trainer still needs us."""
+    assert f"death signal: {signal.SIGTERM:d}\n" in (tmp_path / "bridge.log").read_text()
     os.kill(client.pid, signal.SIGTERM)
     client.fill("train", rows(1, 2))
     client.next_filled()
