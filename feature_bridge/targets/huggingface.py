@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from feature_bridge.contracts import TargetInfo, TargetSpec
+from feature_bridge.cpu_stand_ins import torchvision_ops
 from feature_bridge.targets.base import (
     Capture,
     Extended,
@@ -35,6 +36,7 @@ class HuggingFaceTarget:
 
     def __init__(self, spec: TargetSpec, directory: Path, *, max_tokens: int, capture: Capture = "layer_output"):
         """`capture` matters only where deepstack adds visual features between layers (Qwen3-VL)."""
+        stand_in = torchvision_ops.ensure()  # transformers' vision models import torchvision
         self.config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=spec.trust_remote_code)
         has_vision = getattr(self.config, "vision_config", None) is not None
         auto = transformers.AutoModelForImageTextToText if has_vision else transformers.AutoModelForCausalLM
@@ -54,6 +56,7 @@ class HuggingFaceTarget:
             hidden_size=text.hidden_size,
             vocab_size=text.vocab_size,
             capture=self._capture,
+            stand_ins=() if stand_in is None else (stand_in,),
         )
 
     @property

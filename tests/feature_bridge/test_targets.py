@@ -1,0 +1,299 @@
+"""SGLang's features against transformers', for every family that SGLang runs on a CPU: text, pictures, mixed extends.
+
+SGLang runs in processes of its own (`sglang_capture.py`), all started once; the references run here.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import target_requests
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, LAYER_IDS, make_model
+
+from feature_bridge import targets
+from feature_bridge.contracts import BridgeSpec, DataSpec, TargetSpec
+from feature_bridge.targets import load_target, sglang_versions
+from feature_bridge.targets.base import Extended, split_lengths
+from feature_bridge.targets.huggingface import HuggingFaceTarget
+
+EMBEDDED = "embedded"  # the target that comes with the repository
+EMBEDDED_PATH = Path(__file__).parents[2] / "configs" / "tiny" / "target"
+RUNS = (*FAMILIES, EMBEDDED)
+VLM_RUNS = tuple(run for run in RUNS if run != "qwen3")
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """What one SGLang process saved."""
+
+    tensors: dict[str, torch.Tensor]
+    facts: dict
+
+    def extended(self, name: str) -> Extended:
+        return Extended(self.tensors[f"{name}/features"], self.tensors.get(f"{name}/hidden"))
+
+
+@pytest.fixture(scope="session")
+def model_paths(tmp_path_factory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("models")
+    return {family: make_model(family, directory) for family in FAMILIES} | {EMBEDDED: EMBEDDED_PATH}
+
+
+@pytest.fixture(scope="session")
+def captures(model_paths, tmp_path_factory) -> dict[str, Future[Captured]]:
+    directory = tmp_path_factory.mktemp("captures")
+    pool = ThreadPoolExecutor(max_workers=2)
+    runs = {run: pool.submit(capture, model_paths[run], run, "float32", directory / run) for run in RUNS}
+    # One more process: Qwen3.5 in bfloat16.
+    runs["bfloat16"] = pool.submit(capture, model_paths["qwen3_5"], "qwen3_5", "bfloat16", directory / "bfloat16")
+    return runs
+
+
+def capture(model: Path, run: str, dtype: str, out: Path) -> Captured:
+    layer_ids = ",".join(map(str, layer_ids_of(run)))
+    script = Path(__file__).with_name("sglang_capture.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, str(script), str(model), layer_ids, dtype, str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    with safe_open(out, framework="pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+    return Captured(load_file(out), facts)
+
+
+def layer_ids_of(run: str) -> tuple[int, ...]:
+    return LAYER_IDS.get(run, (0, 3, 6))
+
+
+@functools.cache
+def reference(path: Path, layer_ids: tuple[int, ...], meaning: str = "layer_output", dtype: str = "float32"):
+    spec = TargetSpec(path=str(path), layer_ids=layer_ids, dtype=dtype)
+    return HuggingFaceTarget(spec, path, max_tokens=512, capture=meaning)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def per_layer(features: torch.Tensor, layer_ids: tuple[int, ...]) -> dict[int, torch.Tensor]:
+    return dict(zip(layer_ids, features.chunk(len(layer_ids), dim=-1), strict=True))
+
+
+# --- SGLang against transformers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_features_equal_transformers(run, captures, model_paths):
+    captured = captures[run].result()
+    layer_ids = layer_ids_of(run)
+    target = reference(model_paths[run], layer_ids, captured.facts["info"]["capture"])
+    for name, requests in target_requests.batches(target.config).items():
+        got, want = captured.extended(name), target.extend(requests, last_hidden=True)
+        lengths = split_lengths(requests)
+        for i, (a, b) in enumerate(zip(got.features.split(lengths), want.features.split(lengths), strict=True)):
+            for l, state in per_layer(a, layer_ids).items():
+                error = relative(state, per_layer(b, layer_ids)[l])
+                assert error < TOLERANCE, f"{name}, request {i}, layer {l}: {error:.1e}"
+        assert relative(got.hidden, want.hidden) < TOLERANCE, name
+        assert relative(captured.tensors[f"{name}/logits"], target.logits(want.hidden)) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_shift_by_one_layer_would_be_seen(run, captures, model_paths):
+    captured = captures[run].result()
+    meaning = captured.facts["info"]["capture"]
+    layer_ids = layer_ids_of(run)
+    num_layers = captured.facts["info"]["num_layers"]
+    every = tuple(range(num_layers - 1))
+    target = reference(model_paths[run], every, meaning)
+    states = per_layer(target.extend(target_requests.batches(target.config)["texts"]).features, every)
+    for l, state in per_layer(captured.extended("texts").features, layer_ids).items():
+        for other in every:
+            error = relative(state, states[other])
+            assert error < TOLERANCE if other == l else error > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("run", VLM_RUNS)
+def test_other_pictures_under_the_same_tokens_give_other_features(run, captures, model_paths):
+    """No embedding of an earlier extend is left behind, and `test_features_equal_transformers` would see one."""
+    captured = captures[run].result()
+    first, other = captured.extended("mixed").features, captured.extended("other pixels").features
+    assert relative(first, other) > 0.01
+    wide, tall = captured.extended("other grid").features.chunk(2)
+    assert relative(wide, tall) > 0.01  # the same pixels
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_same_extend_gives_the_same_bits(run, captures):
+    """Whatever the image-embedding cache held before, and after requests that were refused."""
+    tensors = captures[run].result().tensors
+    name = "mixed" if run in VLM_RUNS else "texts"
+    for what in ("features", "hidden"):
+        assert torch.equal(tensors[f"{name}/{what}"], tensors[f"{name} again/{what}"])
+    assert torch.equal(tensors["after errors/features"], tensors["texts/features"])
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_sample_does_not_depend_on_its_row(run, captures, model_paths):
+    captured = captures[run].result()
+    name = "mixed" if run in VLM_RUNS else "texts"
+    requests = target_requests.batches(reference(model_paths[run], layer_ids_of(run)).config)[name]
+    for i, packed in enumerate(captured.extended(name).features.split(split_lengths(requests))):
+        assert relative(packed, captured.tensors[f"{name} alone {i}/features"]) < 1e-5
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_more_requests_than_one_extend_takes(run, captures, model_paths):
+    captured = captures[run].result()
+    target = reference(model_paths[run], layer_ids_of(run))
+    many = [target_requests.text(target.config, 9, seed) for seed in range(40)]
+    assert relative(captured.tensors["many/features"], target.extend(many).features) < TOLERANCE
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_embedding_rows(run, captures, model_paths):
+    rows = reference(model_paths[run], layer_ids_of(run)).embed([3, 1, 2])
+    assert torch.equal(captures[run].result().tensors["embedding/rows"], rows)
+
+
+def test_bfloat16_is_as_good_as_transformers_own(captures, model_paths):
+    captured = captures["bfloat16"].result()
+    path, layer_ids = model_paths["qwen3_5"], layer_ids_of("qwen3_5")
+    exact, rounded = reference(path, layer_ids), reference(path, layer_ids, dtype="bfloat16")
+    requests = target_requests.batches(exact.config)["mixed"]
+    assert captured.extended("mixed").features.dtype == torch.bfloat16
+    want = per_layer(exact.extend(requests).features, layer_ids)
+    own = per_layer(rounded.extend(requests).features, layer_ids)
+    for l, state in per_layer(captured.extended("mixed").features, layer_ids).items():
+        assert relative(state, want[l]) < 1.2 * relative(own[l], want[l])
+
+
+def test_deepstack_meaning_is_the_version_tables(captures, model_paths):
+    captured = captures["qwen3_vl"].result()
+    version = sglang_versions.installed_version()
+    meaning = captured.facts["info"]["capture"]
+    assert meaning == sglang_versions.RELEASES[version].deepstack_capture
+    other = {"layer_output": "next_layer_input", "next_layer_input": "layer_output"}[meaning]
+    target = reference(model_paths["qwen3_vl"], layer_ids_of("qwen3_vl"), other)
+    requests = target_requests.batches(target.config)["mixed"]
+    got = captured.extended("mixed").features.split(split_lengths(requests))
+    want = target.extend(requests).features.split(split_lengths(requests))
+    assert relative(got[0], want[0]) < TOLERANCE  # text
+    is_image = torch.from_numpy(requests[1].tokens) == target.config.image_token_id
+    assert relative(got[1][is_image], want[1][is_image]) > 0.02
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_mistakes_are_one_sentence(run, captures):
+    facts = captures[run].result().facts
+    messages = facts["messages"]
+    assert "captured layer 0 equals the" in messages["shifted"]
+    assert "and the target takes at most" in messages["too long"]
+    assert "max_total_tokns" in messages["unknown argument"]
+    if run in VLM_RUNS:
+        assert "image tokens, but grids" in messages["wrong grid"]
+    assert facts["info"]["backend"] == f"sglang {sglang_versions.installed_version()} (cpu)"
+    assert any("sgl_kernel" in stand_in for stand_in in facts["info"]["stand_ins"])
+
+
+# --- the transformers target against transformers' own hidden states -------------------------------------------------
+
+
+@pytest.mark.parametrize("run", RUNS)
+@torch.inference_mode()
+def test_transformers_target_gives_layer_outputs(run, model_paths):
+    layer_ids = layer_ids_of(run)
+    target = reference(model_paths[run], layer_ids)
+    batches = target_requests.batches(target.config)
+    for request in batches.get("mixed", batches["texts"]):
+        output = target._model(**target._inputs(request), output_hidden_states=True, use_cache=False)
+        want = torch.cat([output.hidden_states[l + 1][0] for l in layer_ids], dim=-1)
+        got = target.extend([request], last_hidden=True)
+        assert torch.equal(got.features, want)
+        assert torch.equal(got.hidden, output.hidden_states[-1][0])
+        torch.testing.assert_close(target.logits(got.hidden), output.logits[0], rtol=1e-5, atol=1e-6)
+
+
+# --- choosing and refusing -------------------------------------------------------------------------------------------
+
+
+def spec_of(path: str | Path, layer_ids: tuple[int, ...] = (0, 1), *, max_length: int = 64, **target) -> BridgeSpec:
+    return BridgeSpec(
+        target=TargetSpec(path=str(path), layer_ids=layer_ids, dtype="float32", **target),
+        data=DataSpec(train_path=None, max_length=max_length, min_supervised=1),
+        rows_per_slot=1,
+        row_tokens=128,
+    )
+
+
+def test_auto_takes_transformers_where_sglang_is_absent(model_paths, monkeypatch, capsys):
+    monkeypatch.setattr(sglang_versions, "installed_version", lambda: None)
+    target = load_target(spec_of(model_paths["qwen3"]))
+    assert target.info.backend.startswith("huggingface transformers")
+    assert "SGLang is not installed" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="SGLang is not installed in the bridge's Python"):
+        load_target(spec_of(model_paths["qwen3"], backend="sglang"))
+
+
+@pytest.mark.parametrize(
+    ("layer_ids", "message"),
+    [((0, 3), "last layer"), ((1, 0), "ascending"), ((1, 1), "ascending"), ((), "ascending"), ((-1, 0), r"\[0, 2\]")],
+)
+def test_layers_that_cannot_be_captured(layer_ids, message, model_paths):
+    with pytest.raises(ValueError, match=message):
+        load_target(spec_of(model_paths["qwen3"], layer_ids))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("no/such/dir", "does not exist"), ("/nowhere", "does not exist"), ("org/name", "needs target.revision")],
+)
+def test_no_such_model(path, message):
+    with pytest.raises(ValueError, match=message):
+        load_target(spec_of(path))
+
+
+def test_directory_without_config(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_target(spec_of(tmp_path))
+
+
+def test_samples_longer_than_the_context(model_paths):
+    with pytest.raises(ValueError, match=r"data\.max_length=5000 is longer than the target's context of 4096"):
+        load_target(spec_of(model_paths["qwen3"], max_length=5000))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("lm_head.weight", torch.zeros(2, 2, dtype=torch.float8_e4m3fn)),
+        ("lm_head.weight_packed", torch.zeros(2, 2, dtype=torch.int32)),
+        ("model.embed_tokens.weight_scale", torch.zeros(2)),
+    ],
+)
+def test_quantised_embedding_or_head_is_refused(name, tensor, tmp_path):
+    save_file({name: tensor, "model.layers.0.mlp.up_proj.weight_scale": torch.zeros(2)}, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"quantised (lm_head|embed_tokens)"):
+        targets.check_not_quantised(tmp_path)
+
+
+def test_quantised_layers_are_fine(tmp_path):
+    tensors = {"lm_head.weight": torch.zeros(2, 2), "model.layers.0.mlp.up_proj.qweight": torch.zeros(2).int()}
+    save_file(tensors, tmp_path / "m.safetensors")
+    targets.check_not_quantised(tmp_path)
