@@ -1,0 +1,79 @@
+"""The whole of `python -m jaxdraft.evaluate` on the embedded target: bridge, frozen head, replay, real decoding."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from rich.console import Console
+
+from jaxdraft.cli import load_config
+from jaxdraft.convert import load_draft
+from jaxdraft.evaluate import evaluate_draft, main
+from jaxdraft.export import export_draft
+from jaxdraft.model.dflash import init_params
+from jaxdraft.model.tensors import to_tensors
+from jaxdraft.target import make_draft_config, open_target
+
+TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """The demo's config on its first held-out conversations, with the transformers target in this process."""
+    root = tmp_path_factory.mktemp("data")
+    lines = (TINY / "eval.jsonl").read_text().splitlines()[:6]
+    (root / "eval.jsonl").write_text("\n".join(lines).replace("pictures/", f"{TINY}/pictures/") + "\n")
+    config = load_config("tiny_qwen35vl.py")
+    return dataclasses.replace(
+        config,
+        output_dir=str(root / "runs"),
+        target=dataclasses.replace(config.target, backend="huggingface"),
+        data=dataclasses.replace(
+            config.data,
+            train_path="there is none.jsonl",  # with eval_path, evaluation does not read it
+            eval_path=str(root / "eval.jsonl"),
+            cache_dir=None,
+            num_workers=1,
+        ),
+        bridge=dataclasses.replace(config.bridge, transport="in_process", feature_dtype="float32", verify=False),
+        num_decode=3,
+        max_new_tokens=20,
+    )
+
+
+@pytest.fixture(scope="module")
+def directory(config, tmp_path_factory):
+    target = open_target(config.target)
+    draft = make_draft_config(config.draft, target)
+    directory = tmp_path_factory.mktemp("drafts") / "draft"
+    return export_draft(to_tensors(init_params(draft, jax.random.key(0)), draft), draft, target.config, directory)
+
+
+def test_evaluate(config, directory):
+    summary = evaluate_draft(directory, config, Console(quiet=True))
+    assert summary["num_decoded"] == 3
+    assert summary["lossless"] is True
+    assert summary["replay_compared"] == summary["replay_identical"] == 3  # the recorded answers are the target's own
+    assert summary["replay_agrees"] is True
+    for name in ("tau_teacher_forced", "tau_replay", "tau_decoded"):
+        assert 1 <= summary[name] < 1.5  # an untrained draft
+    assert len(summary["slot_acceptance"]) == config.draft.block_size - 1
+
+
+def test_refuses_a_draft_of_another_target(config, directory, tmp_path):
+    tensors, draft = load_draft(directory)
+    other = dataclasses.replace(draft, rope_theta=1e4)
+    text = json.loads((TINY / "target" / "config.json").read_text())["text_config"]
+    text["rope_parameters"]["rope_theta"] = 1e4
+    export_draft(tensors, other, text, tmp_path / "draft")
+    with pytest.raises(ValueError, match=r"rope_theta=10000\.0 is not the target's 10000000\.0"):
+        evaluate_draft(tmp_path / "draft", config, Console(quiet=True))
+
+
+def test_the_command_needs_a_draft():
+    with pytest.raises(ValueError, match="--draft is missing"):
+        main(["--config", "tiny_qwen35vl.py"])
+    with pytest.raises(ValueError, match=r"draft nowhere has no config\.json"):
+        main(["--config", "tiny_qwen35vl.py", "--draft", "nowhere"])
