@@ -18,7 +18,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,15 +54,15 @@ def evaluate_batches(
     answers: list[Answer] = []
     for _ in range(num_batches):
         slot = next(stream)
-        anchors_at, accept_len_at = candidates(slot), np.zeros(slot.batch.tokens.shape, np.int32)
+        rows = host_rows(slot)
+        anchors_at, accept_len_at = candidates(rows), np.zeros(rows.tokens.shape, np.int32)
         for anchors, valid in anchor_chunks(anchors_at, chunk=-(-anchors_at.shape[1] // 6)):
-            out = eval_step(params, slot.batch, anchors, valid)
+            out = eval_step(params, slot.batch, *jax.device_put((anchors, valid)))
             accept_len, supervised, batch_sums = jax.device_get((out.accept_len, out.supervised, out.sums))
-            rows, slots = np.nonzero(valid)
-            accept_len_at[rows, anchors[rows, slots]] = accept_len[rows, slots]
+            accept_len_at[np.nonzero(valid)[0], anchors[valid]] = accept_len[valid]
             counts += np.bincount(accept_len[supervised.all(-1)], minlength=block_size)
             sums.append(batch_sums)
-        answers += slot_answers(slot, accept_len_at)
+        answers += find_answers(rows, slot.rows, accept_len_at)
         stream.release(slot.filled)  # its outputs are on the host: nothing reads it any more
     total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *sums) if sums else None
     ratios = {} if total is None else jax.device_get(total.metrics())
@@ -76,17 +76,28 @@ def evaluate_batches(
     )
 
 
-def candidates(slot: Slot) -> Bool[np.ndarray, "R S"]:
+class HostRows(NamedTuple):
+    """What of a slot's rows the host looks at; `supervised` only within the tokens in use."""
+
+    tokens: Int[np.ndarray, "R S"]
+    segment_start: Int[np.ndarray, "R S"]
+    supervised: Bool[np.ndarray, "R S"]
+
+
+def host_rows(slot: Slot) -> HostRows:
+    batch = slot.batch
+    tokens, start, mask, num_tokens = jax.device_get(
+        (batch.tokens, batch.segment_start, batch.loss_mask, batch.num_tokens)
+    )
+    in_use = np.arange(tokens.shape[1]) < num_tokens[:, None]
+    return HostRows(tokens, start, (mask > 0) & in_use)
+
+
+def candidates(rows: HostRows) -> Bool[np.ndarray, "R S"]:
     """Where decoding could have an anchor: a supervised token whose successor is one of the same answer."""
-    start, supervised = np.asarray(slot.batch.segment_start), supervised_tokens(slot)
-    follows = np.zeros_like(supervised)
-    follows[:, :-1] = supervised[:, 1:] & (start[:, 1:] == start[:, :-1])
-    return supervised & follows
-
-
-def supervised_tokens(slot: Slot) -> Bool[np.ndarray, "R S"]:
-    mask = np.asarray(slot.batch.loss_mask) > 0
-    return mask & (np.arange(mask.shape[1]) < np.asarray(slot.batch.num_tokens)[:, None])
+    follows = np.zeros_like(rows.supervised)
+    follows[:, :-1] = rows.supervised[:, 1:] & (rows.segment_start[:, 1:] == rows.segment_start[:, :-1])
+    return rows.supervised & follows
 
 
 def anchor_chunks(
@@ -103,21 +114,21 @@ def anchor_chunks(
         yield anchors, valid
 
 
-def slot_answers(slot: Slot, accept_len_at: Int[np.ndarray, "R S"]) -> Iterator[Answer]:
-    """The assistant turns of a slot's rows: unbroken runs of supervised tokens of one sample."""
-    tokens, start = np.asarray(slot.batch.tokens), np.asarray(slot.batch.segment_start)
-    for r, (supervised, row) in enumerate(zip(supervised_tokens(slot), slot.rows, strict=True)):
-        positions = np.flatnonzero(supervised)
+def find_answers(rows: HostRows, filled: Sequence[Any], accept_len_at: Int[np.ndarray, "R S"]) -> Iterator[Answer]:
+    """The assistant turns of a slot's rows: unbroken runs of supervised tokens of one sample.
+
+    `filled` says which samples are in each row (`feature_bridge.contracts.FilledRow`).
+    """
+    for r, row in enumerate(filled):
+        positions = np.flatnonzero(rows.supervised[r])
         if not len(positions):
             continue
-        new_sample = np.diff(start[r, positions]) != 0
+        new_sample = np.diff(rows.segment_start[r, positions]) != 0
         breaks = np.flatnonzero((np.diff(positions) > 1) | new_sample)
-        runs = np.split(positions, breaks + 1)
-        ends_sample = [*new_sample[breaks], True]
         samples = iter(row.samples)  # exactly those with supervised tokens, in the row's order
         sample = next(samples)
-        for run, last in zip(runs, ends_sample, strict=True):
-            yield Answer(sample, bool(last), tokens[r, run].copy(), accept_len_at[r, run])
+        for run, last in zip(np.split(positions, breaks + 1), [*new_sample[breaks], True], strict=True):
+            yield Answer(sample, bool(last), rows.tokens[r, run], accept_len_at[r, run])
             if last:
                 sample = next(samples, None)
 

@@ -16,7 +16,15 @@ from feature_bridge.decode import draft_proposer, greedy, speculate
 from feature_bridge.targets.base import Request
 from feature_bridge.torch_draft import TorchDraft
 from jaxdraft.eval_result import Answer, DecodeResult, EvalResult, agreement, summarise
-from jaxdraft.evaluate import anchor_chunks, candidates, check_capture, choose_samples, evaluate_batches, slot_answers
+from jaxdraft.evaluate import (
+    anchor_chunks,
+    candidates,
+    check_capture,
+    choose_samples,
+    evaluate_batches,
+    find_answers,
+    host_rows,
+)
 from jaxdraft.export import export_draft
 from jaxdraft.losses import LossConfig
 from jaxdraft.model.dflash import DraftConfig
@@ -182,7 +190,7 @@ def test_teacher_forced_counts_are_those_of_single_anchors(everything):
     result, _, slots, eval_step, params, _ = everything
     counts, hits, labels = np.zeros(BLOCK_SIZE, int), 0, 0
     for slot in slots:
-        for r, a in zip(*np.nonzero(candidates(slot)), strict=True):
+        for r, a in zip(*np.nonzero(candidates(host_rows(slot))), strict=True):
             anchors, valid = np.zeros((2, 1), np.int32), np.zeros((2, 1), bool)
             anchors[r, 0], valid[r, 0] = a, True
             out = eval_step(params, slot.batch, anchors, valid)
@@ -207,7 +215,7 @@ def test_every_call_has_one_shape(everything):
 # --- the pieces -------------------------------------------------------------------------------------------------------
 
 
-def test_slot_answers_splits_turns_and_samples():
+def test_find_answers_splits_turns_and_samples():
     slot = make_slot(
         [
             [(7, [1, 2, 3, 4, 5, 6, 7], [0, 1, 1, 0, 1, 1, 1]), (8, [8, 9], [0, 0]), (9, [4, 5, 6], [1, 1, 0])],
@@ -216,23 +224,26 @@ def test_slot_answers_splits_turns_and_samples():
         ]
     )
     counts = np.arange(3 * ROW_TOKENS).reshape(3, ROW_TOKENS)
-    answers = list(slot_answers(slot, counts))
+    answers = list(find_answers(host_rows(slot), slot.rows, counts))
     assert [(a.sample, a.last, a.tokens.tolist(), a.accept_len_at.tolist()) for a in answers] == [
         (7, False, [2, 3], [1, 2]),
         (7, True, [5, 6, 7], [4, 5, 6]),
         (9, True, [4, 5], [9, 10]),
         (3, True, [1, 2], [2 * ROW_TOKENS, 2 * ROW_TOKENS + 1]),
     ]
-    assert [np.flatnonzero(row).tolist() for row in candidates(slot)] == [[1, 4, 5, 9], [], [0]]
+    assert [np.flatnonzero(row).tolist() for row in candidates(host_rows(slot))] == [[1, 4, 5, 9], [], [0]]
 
 
 def test_adjacent_samples_do_not_join():
     slot = make_slot([[(1, [5, 6], [1, 1]), (2, [7, 8, 9], [1, 1, 1])]])
-    assert [(a.sample, a.last, a.tokens.tolist()) for a in slot_answers(slot, np.zeros((1, ROW_TOKENS), int))] == [
+    assert [
+        (a.sample, a.last, a.tokens.tolist())
+        for a in find_answers(host_rows(slot), slot.rows, np.zeros((1, ROW_TOKENS), int))
+    ] == [
         (1, True, [5, 6]),
         (2, True, [7, 8, 9]),
     ]
-    assert np.flatnonzero(candidates(slot)[0]).tolist() == [0, 2, 3]
+    assert np.flatnonzero(candidates(host_rows(slot))[0]).tolist() == [0, 2, 3]
 
 
 def test_anchor_chunks_cover_every_anchor_once():
