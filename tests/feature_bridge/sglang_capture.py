@@ -76,6 +76,15 @@ def main(path: str, layer_ids: str, dtype: str, out: str) -> None:
         first, second, *rest = features.split(width, dim=-1)
         return torch.cat([second, first, *rest], dim=-1)
 
+    if getattr(config, "vision_config", None) is not None:
+        grids = [[(1, 16, 20)], [(1, 8, 4)], [(1, 4, 4), (1, 10, 6)], [(1, 2, 2)]]
+        row = [target_requests.pictures(config, some, seed) for seed, some in enumerate(grids)]
+        for cache, before in (("cold", []), ("warm", [row[1]])):
+            versions.start_embedding_cache(64 << 20)
+            if before:
+                target.extend(before)
+            tensors[f"{cache} cache/features"] = target.extend(row).features
+
     messages["shifted"] = message(lambda: check_layer_contract(Tampered(target, swapped), target.info.capture))
     if getattr(config, "vision_config", None) is not None:
         bad = target_requests.pictures(config, [(1, 4, 6)], 9)

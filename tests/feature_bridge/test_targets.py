@@ -149,6 +149,13 @@ def test_the_same_extend_gives_the_same_bits(run, captures):
     assert torch.equal(tensors["after errors/features"], tensors["texts/features"])
 
 
+@pytest.mark.parametrize("run", VLM_RUNS)
+def test_cached_embeddings_change_no_bit(run, captures):
+    """They would if the vision tower ran over the pictures of a row together."""
+    tensors = captures[run].result().tensors
+    assert torch.equal(tensors["cold cache/features"], tensors["warm cache/features"])
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_a_sample_does_not_depend_on_its_row(run, captures, model_paths):
     captured = captures[run].result()

@@ -1,0 +1,119 @@
+"""What differs between SGLang's releases, on stand-ins for their classes; `test_targets.py` runs the installed one."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from feature_bridge.targets import sglang_versions as versions
+
+
+@pytest.mark.parametrize(
+    ("version", "capture"),
+    [
+        ("0.5.14", "layer_output"),
+        ("0.5.15", "layer_output"),
+        ("0.5.16", "layer_output"),
+        ("0.5.18", "layer_output"),
+        ("0.5.20", "next_layer_input"),
+        ("0.5.20.post1", "next_layer_input"),
+        ("0.5.23+cu130", "next_layer_input"),
+    ],
+)
+def test_table_of_versions(version, capture, recwarn):
+    assert versions.release_of(version).deepstack_capture == capture
+    assert not recwarn
+
+
+def test_an_unknown_version_is_warned_about_and_left_to_the_probe():
+    with pytest.warns(UserWarning, match=r"SGLang 0\.9\.0 is not one of the versions"):
+        release = versions.release_of("0.9.0")
+    assert release.deepstack_capture is None
+
+
+class Setters:
+    """A model that records what its capture setters are given."""
+
+    def __init__(self, *names: str, inner: bool = False):
+        self.calls = {}
+        for name in names:
+            setattr(self, name, lambda ids, name=name: self.calls.__setitem__(name, ids))
+        if inner:
+            self.layers = []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "setter"),
+    [
+        ("qwen3_5", versions.DFLASH_SETTER),
+        ("qwen3_5_moe", versions.DFLASH_SETTER),
+        ("qwen3", versions.DFLASH_SETTER),
+        ("llama", versions.DFLASH_SETTER),
+        ("qwen3_vl", versions.EAGLE3_SETTER),
+        ("qwen2_5_vl", versions.EAGLE3_SETTER),
+    ],
+)
+def test_setter_of_each_family(model_type, setter):
+    model = Setters(versions.DFLASH_SETTER, versions.EAGLE3_SETTER)
+    assert versions.capture_layers(model, model_type, (1, 5)) == setter
+    assert model.calls == {setter: [1, 5]}  # an entry class adds 1 itself
+
+
+def test_an_older_model_with_one_setter_only():
+    model = Setters(versions.EAGLE3_SETTER)
+    assert versions.capture_layers(model, "qwen3", (1, 5)) == versions.EAGLE3_SETTER
+
+
+def test_an_inner_model_takes_the_next_layers_id():
+    model = Setters(versions.DFLASH_SETTER, inner=True)
+    versions.capture_layers(model, "qwen3_5_text", (1, 5))
+    assert model.calls == {versions.DFLASH_SETTER: [2, 6]}
+
+
+@pytest.mark.parametrize(("model_type", "names"), [("mamba", ()), ("qwen3_vl", (versions.DFLASH_SETTER,))])
+def test_a_model_that_cannot_capture(model_type, names):
+    with pytest.raises(ValueError, match="cannot capture hidden states of Setters"):
+        versions.capture_layers(Setters(*names), model_type, (1,))
+
+
+def test_prefill_whole_in_each_versions_words():
+    ids = array("q", [3, 4, 5])
+    ranges = []
+    middle = SimpleNamespace(origin_input_ids=ids, set_extend_range=lambda *r: ranges.append(r))
+    oldest = SimpleNamespace(origin_input_ids=ids, fill_len=0, extend_input_len=0)
+    newest = SimpleNamespace(origin_input_ids=ids)
+    for req in (middle, oldest, newest):
+        versions.prefill_whole(req)
+        assert req.full_untruncated_fill_ids is ids
+    assert ranges == [(0, 3)]
+    assert (oldest.fill_len, oldest.extend_input_len) == (3, 3)
+    assert newest.extend_end == 3
+
+
+def test_layer_state_with_the_residual_beside_it_or_in_the_batch():
+    hidden, residual = torch.randn(2, 4), torch.randn(2, 4)
+    older = {"forward_batch": SimpleNamespace()}
+    assert torch.equal(versions.layer_state(hidden, residual, older), hidden + residual)
+    alone = versions.layer_state(hidden, None, older)
+    assert torch.equal(alone, hidden)
+    assert alone.data_ptr() != hidden.data_ptr()
+    stream = SimpleNamespace(snapshot=lambda value: value + residual)
+    newest = {"forward_batch": SimpleNamespace(residual_stream=stream)}
+    assert torch.equal(versions.layer_state(hidden, None, newest), hidden + residual)
+
+
+def test_environment_keeps_what_the_user_has_set(monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE", raising=False)
+    monkeypatch.setenv("SGLANG_MM_SKIP_COMPUTE_HASH", "1")
+    versions.set_environment("cpu")
+    assert os.environ["TORCH_COMPILE_DISABLE"] == "0"
+    assert os.environ["SGLANG_USE_CPU_ENGINE"] == "1"
+    assert os.environ["SGLANG_MM_SKIP_COMPUTE_HASH"] == "0"
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE")
+    versions.set_environment("cuda")
+    assert "SGLANG_USE_CPU_ENGINE" not in os.environ

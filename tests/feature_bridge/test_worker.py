@@ -1,0 +1,230 @@
+"""The worker: rows of samples to slots, with the transformers target and the repository's own tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from feature_bridge.contracts import BridgeSpec, DataSpec, Decode, Row, SlotLayout, TargetSpec
+from feature_bridge.samples import render_inputs
+from feature_bridge.targets.base import Extended, Grid, Request
+from feature_bridge.worker import Worker, slot_tensors
+
+TARGET = Path(__file__).parents[2] / "configs" / "tiny" / "target"
+LAYER_IDS = (0, 2, 5)
+ROW_TOKENS = 331
+NUM_PICTURES = 4
+
+
+def conversation(number: int, pictures: list[str]) -> dict:
+    parts = [{"type": "image", "image": picture} for picture in pictures]
+    question = [*parts, {"type": "text", "text": f"question {number}"}]
+    answer = f"answer number {number}, and some more words so that there is something to learn"
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"id": f"sample-{number}", "messages": messages}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for i in range(NUM_PICTURES):
+        Image.fromarray(rng.integers(0, 255, (64, 48 + 16 * i, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    pictures = [[], ["0.png"], ["1.png", "2.png"], [], ["3.png"], []]
+    lines = [json.dumps(conversation(i, some)) for i, some in enumerate(pictures)]
+    (folder / "train.jsonl").write_text("\n".join([*lines[:5], "{broken"]))
+    (folder / "eval.jsonl").write_text(lines[5])
+    return folder
+
+
+def spec_of(data: Path, feature_dtype: str = "bfloat16", rows: int = 2, **target) -> BridgeSpec:
+    return BridgeSpec(
+        target=TargetSpec(
+            **{"path": str(TARGET), "backend": "huggingface", "dtype": "float32", "layer_ids": LAYER_IDS} | target
+        ),
+        data=DataSpec(
+            train_path=str(data / "train.jsonl"),
+            eval_path=str(data / "eval.jsonl"),
+            max_length=256,
+            min_supervised=4,
+            num_workers=1,
+        ),
+        rows_per_slot=rows,
+        row_tokens=ROW_TOKENS,
+        num_slots=2,
+        feature_dtype=feature_dtype,
+    )
+
+
+@pytest.fixture(scope="module")
+def worker(data) -> Worker:
+    return Worker(spec_of(data, "float32"))
+
+
+def fill(worker: Worker, *rows: tuple[int, ...], dtype: str = "float32"):
+    """(filled rows, the slot's tensors). The slot is full of rubbish before."""
+    layout = SlotLayout(len(rows), ROW_TOKENS, worker.ready.feature_width, dtype)
+    slot = memoryview(bytearray(b"\xa5" * layout.slot_bytes))
+    requests = tuple(Row(row_id=7 + i, samples=samples) for i, samples in enumerate(rows))
+    return worker.fill("train", requests, slot), slot_tensors(layout, slot)
+
+
+def own_request(worker: Worker, position: int) -> Request:
+    sample = worker.indexes["train"].sample(position)
+    pixels, grids = render_inputs(sample, worker.processor)
+    return Request(
+        tokens=sample.tokens,
+        pixel_values=None if pixels is None else torch.from_numpy(pixels),
+        image_grids=tuple(Grid(*grid) for grid in grids),
+    )
+
+
+class Broken:
+    """A target that gives wrong features for its n-th token."""
+
+    def __init__(self, target, change):
+        self._target, self._change = target, change
+
+    def __getattr__(self, name):
+        return getattr(self._target, name)
+
+    def extend(self, requests, *, last_hidden=False):
+        return Extended(self._change(self._target.extend(requests).features.clone()), None)
+
+
+def test_ready_says_what_the_trainer_needs(worker):
+    ready = worker.ready
+    assert ready.feature_width == len(LAYER_IDS) * ready.target.hidden_size
+    assert ready.target.backend.startswith("huggingface")
+    assert len(ready.indexes["train"].sample_ids) == 5
+    assert ready.indexes["eval"].sample_ids == ("sample-5",)
+    assert len(ready.indexes["train"].skipped) == 1
+
+
+def test_rows_of_text_and_pictures(worker):
+    rows = ((0, 2, 3), (1, 4))
+    filled, slot = fill(worker, *rows)
+    for r, row in enumerate(rows):
+        start = 0
+        for position in row:
+            sample = worker.indexes["train"].sample(position)
+            end = start + len(sample.tokens)
+            assert np.array_equal(slot["tokens"][r, start:end].numpy(), sample.tokens)
+            assert np.array_equal(slot["loss_mask"][r, start:end].numpy(), sample.loss_mask)
+            assert (slot["segment_start"][r, start:end] == start).all()
+            want = worker.target.extend([own_request(worker, position)]).features
+            assert torch.equal(slot["features"][r, start:end], want)
+            start = end
+        assert filled[r].row_id == 7 + r
+        assert filled[r].num_tokens == start
+        assert filled[r].samples == row
+        assert filled[r].skipped == ()
+        assert (slot["segment_start"][r, start:] == start).all()
+        for name in ("tokens", "loss_mask", "features"):
+            assert not slot[name][r, start:].any()
+
+
+def test_a_row_without_samples_is_padding(worker):
+    filled, slot = fill(worker, (), (0,))
+    assert filled[0].num_tokens == 0
+    assert filled[0].samples == ()
+    for tensor in slot.values():
+        assert not tensor[0].any()
+    assert filled[1].num_tokens > 0
+
+
+def test_features_are_cast_to_the_slots_precision(worker, data):
+    rounded = Worker(spec_of(data, "bfloat16", rows=1))
+    _, exact = fill(worker, (1, 0), ())
+    filled, slot = fill(rounded, (1, 0), dtype="bfloat16")
+    assert slot["features"].dtype == torch.bfloat16
+    assert torch.equal(slot["features"][0], exact["features"][0].to(torch.bfloat16))
+    assert filled[0].num_tokens < ROW_TOKENS
+
+
+@pytest.mark.parametrize("damage", ["vanished", "truncated", "another picture", "other size"])
+def test_a_picture_that_fails_later_is_masked_out_of_its_row(damage, worker, data):
+    before, clean = fill(worker, (0, 1, 3), (2,))
+    picture = data / "0.png"
+    content = picture.read_bytes()
+    other = {"another picture": (64, 48), "other size": (64, 96)}
+    try:
+        if damage == "vanished":
+            picture.unlink()
+        elif damage == "truncated":
+            picture.write_bytes(content[: len(content) // 2])
+        else:
+            Image.new("RGB", other[damage][::-1], "red").save(picture)
+        filled, slot = fill(worker, (0, 1, 3), (2,))
+    finally:
+        picture.write_bytes(content)
+
+    assert filled[0].samples == (0, 3)
+    (skip,) = filled[0].skipped
+    assert skip.where == "train.jsonl:2"
+    assert "sample-1" in skip.reason
+    assert filled[0].num_tokens == before[0].num_tokens  # nothing is repacked
+    assert torch.equal(slot["segment_start"], clean["segment_start"])
+    lengths = [len(worker.indexes["train"].sample(i).tokens) for i in (0, 1)]
+    masked = slice(lengths[0], sum(lengths))
+    assert not slot["features"][0, masked].any()
+    assert not slot["loss_mask"][0, masked].any()
+    for name in slot:
+        keep = torch.ones(ROW_TOKENS, dtype=torch.bool)
+        keep[masked] = False
+        assert torch.equal(slot[name][0, keep], clean[name][0, keep])
+        assert torch.equal(slot[name][1], clean[name][1])
+    assert fill(worker, (0, 1, 3), (2,))[0] == before
+
+
+def test_a_request_that_the_target_refuses_is_masked_out(worker, monkeypatch):
+    monkeypatch.setattr(worker.target, "max_tokens", len(worker.indexes["train"].sample(0).tokens))
+    filled, _ = fill(worker, (0, 2), ())
+    assert filled[0].samples == (0,)
+    assert "the target takes at most" in filled[0].skipped[0].reason
+
+
+def set_token(token: int, layer: int, value: float):
+    def change(features):
+        features.chunk(len(LAYER_IDS), dim=-1)[layer][token] = value
+        return features
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_token(-1, 1, torch.nan), r"samples sample-1: NaN or infinite features of layers \[2\]"),
+        (set_token(0, 2, torch.inf), r"samples sample-0: NaN or infinite features of layers \[5\]"),
+        (set_token(-1, 0, 0.0), r"samples sample-1: all zero features of layers \[0\]"),
+        (torch.zeros_like, r"samples sample-0, sample-1: all zero features of layers \[0, 2, 5\]"),
+        (lambda features: features[:-1], "samples sample-0, sample-1: features of shape"),
+        (lambda features: features[:, 1:], "samples sample-0, sample-1: features of shape"),
+    ],
+)
+def test_features_that_cannot_be_true_name_their_samples(change, message, worker, monkeypatch):
+    monkeypatch.setattr(worker, "target", Broken(worker.target, change))
+    with pytest.raises(ValueError, match=message):
+        fill(worker, (0, 1), ())
+
+
+def test_a_row_that_is_too_long(worker):
+    with pytest.raises(ValueError, match=rf"row 7 has \d+ tokens, more than data\.row_tokens={ROW_TOKENS}"):
+        fill(worker, tuple([0] * 20), ())
+
+
+def test_the_probe_runs_at_start(data):
+    with pytest.raises(ValueError, match="last layer's output cannot be captured"):
+        Worker(spec_of(data, layer_ids=(1, 7)))
+
+
+def test_decoding_needs_held_out_data(worker, monkeypatch):
+    monkeypatch.delitem(worker.indexes, "eval")
+    with pytest.raises(ValueError, match=r"data\.eval_path"):
+        worker.decode(Decode(request_id=1, draft_path="x", samples=(0,), max_new_tokens=4))
