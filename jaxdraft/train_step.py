@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
@@ -24,7 +23,7 @@ from jaxdraft.anchors import AnchorRule, sample_row_anchors
 from jaxdraft.losses import LossConfig, LossSums
 from jaxdraft.model.dflash import DraftConfig, init_params, parameter_axes
 from jaxdraft.objective import Batch, Frozen, Params, Predictions, predict, unhealthy_rows
-from jaxdraft.optim import OptimConfig, learning_rate, make_optimizer
+from jaxdraft.optim import OptimConfig, clip_factor, global_norm, learning_rate, make_optimizer
 from jaxdraft.sharding import ShardingRules, shardings
 
 
@@ -175,7 +174,8 @@ def make_train_step(
 
         (_, sums), grads = jax.value_and_grad(numerator, has_aux=True)(state.params)
         bad_rows = unhealthy_rows(batch, draft.hidden_size)
-        ok = ~jnp.any(bad_rows) & jnp.isfinite(sums.numerator) & jnp.isfinite(optax.tree.norm(grads))
+        finite = jnp.isfinite(jnp.stack([sums.numerator, global_norm(grads)]))
+        ok = jnp.all(jnp.concatenate([~bad_rows, finite]))
         grads, sums = jax.tree.map(lambda x: jnp.where(ok, x, 0), (grads, sums))
 
         state = dataclasses.replace(
@@ -237,12 +237,14 @@ def _accumulate(state: TrainState, grads: Params, sums: LossSums, optim: OptimCo
 
 def _update(state: TrainState, grads: Params, sums: LossSums, optim: OptimConfig, options: StepConfig):
     """One optimizer update from summed gradients; without anything to learn from only the step is counted."""
-    grads = jax.tree.map(lambda g: g / jnp.maximum(sums.denominator, jnp.finfo(jnp.float32).tiny), grads)
-    norm = optax.tree.norm(grads)
+    denominator = jnp.maximum(sums.denominator, jnp.finfo(jnp.float32).tiny)
+    norm = global_norm(grads) / denominator
+    factor = clip_factor(optim, norm) / denominator
+    grads = jax.tree.map(lambda g: g * factor, grads)
     rate = learning_rate(optim, options.total_steps, state.step)
+    ok = (sums.denominator > 0) & jnp.isfinite(norm)
     direction, opt_state = make_optimizer(optim).update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
-    ok = (sums.denominator > 0) & jnp.isfinite(norm)
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(ok, new, old), (params, opt_state), (state.params, state.opt_state)
     )
