@@ -71,16 +71,15 @@ def test_qwen35_vocabulary():
 def test_weights_may_depend_on_the_label_probability():
     """D-PACE's detached weights from exp(-nll): the gradient is that of fixed weights."""
     hidden, head, labels, _ = random_inputs(1, 1, 15, 31, 6)
-    mask, kind = jnp.ones((1, 3, 5), bool), "dpace"
+    mask, alpha = jnp.ones((1, 3, 5), bool), LossConfig().dpace_alpha
 
-    def loss(function):
-        def f(hidden):
-            nll = function(hidden, head, labels)[0].reshape(1, 3, 5)
-            return jnp.sum(dpace_weights(nll, mask, kind, LossConfig().dpace_alpha) * nll)
+    def loss(hidden):
+        nll = linear_cross_entropy(hidden, head, labels)[0].reshape(1, 3, 5)
+        return jnp.sum(dpace_weights(nll, mask, "dpace", alpha) * nll)
 
-        return jax.value_and_grad(f)(hidden)
-
-    (value, gradient), (expected, expected_gradient) = loss(linear_cross_entropy), loss(reference)
+    fixed = dpace_weights(reference(hidden, head, labels)[0].reshape(1, 3, 5), mask, "dpace", alpha).reshape(1, 15)
+    expected, expected_gradient = jax.value_and_grad(lambda h: jnp.sum(fixed * reference(h, head, labels)[0]))(hidden)
+    value, gradient = jax.value_and_grad(loss)(hidden)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
 
