@@ -33,6 +33,7 @@ from feature_bridge.contracts import (
     Shutdown,
     SlotLayout,
 )
+from feature_bridge.cuda_ipc import require_gpu
 from feature_bridge.memory import Producer, attach_memory
 from feature_bridge.process import BridgeProcess
 
@@ -83,8 +84,9 @@ def connect(
       BridgeError: "refused", "died" or "timeout".
       ValueError: `python` cannot be run, the transport is not there, or the bridge is of another version.
     """
-    if spec.transport != "shared_memory":
-        raise ValueError(f"bridge.transport={spec.transport!r} needs what this version lacks; use 'shared_memory'")
+    assert spec.transport != "in_process"
+    if spec.transport == "cuda_ipc":
+        require_gpu("the trainer")
     deadline = time.monotonic() + start_timeout_s
     with _listen() as (listener, socket_path):
         command = [python or sys.executable, "-m", "feature_bridge.server", "--socket", socket_path]
@@ -112,16 +114,19 @@ class Client:
         self._connection = connection
         self._request_timeout_s = request_timeout_s
         self._request_id = 0
+        self._ended = False
         self._fills: deque[int] = deque()  # request ids of fills that `next_filled` has not answered yet
         self._answers: dict[int, Filled | Decoded | Failure] = {}  # that came before they were asked for
         self.num_slots = spec.num_slots
         self.transport = spec.transport
         self.ready = self._start_message(Ready, deadline)
+        shown = self._start_message(RingMemory, deadline)
+        self.ring_bytes = shown.num_bytes
         self._memory = attach_memory(
             spec.transport,
             SlotLayout(spec.rows_per_slot, spec.row_tokens, self.ready.feature_width, spec.feature_dtype),
             spec.num_slots,
-            self._start_message(RingMemory, deadline),
+            shown,
             connection.take_fd,
         )
 
@@ -154,7 +159,7 @@ class Client:
         self._wait_for(self._fills[0], self._request_timeout_s if timeout is None else timeout)
         return self._take(self._fills.popleft())
 
-    def slot(self, filled: Filled, device_id: int = 0) -> dict[str, Producer]:
+    def slot(self, filled: Filled, device_id: int | None = None) -> dict[str, Producer]:
         """The slot's arrays by field name, on JAX's local device `device_id`; to be read until `release`."""
         return self._memory.arrays(filled.slot, device_id)
 
@@ -182,15 +187,21 @@ class Client:
 
         First wait for whatever reads a slot: afterwards the arrays that are left read zeros.
         """
-        if self._memory is None:
+        self.end(grace_s)
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+
+    def end(self, grace_s: float = 5.0) -> None:
+        """Ends the process as `close` does and keeps the memory: slots may be read until `close`."""
+        if self._ended:
             return
+        self._ended = True
         with contextlib.suppress(OSError):
             self._connection.send(Shutdown())
         self._process.wait_for_exit(grace_s)
         self._process.kill()
         self._connection.close()
-        self._memory.close()
-        self._memory = None
 
     def __enter__(self) -> Client:
         return self

@@ -1,8 +1,8 @@
 """What the trainer and the bridge say to each other: plain frozen dataclasses, standard library only.
 
-Two kinds of things live here. The *spec* (`BridgeSpec`) starts a bridge and never changes. The *messages* travel over the
-socket, each a dataclass of numbers, strings and tuples: no tensor and no pickle ever crosses it. Tensors stay in a slot,
-whose byte layout `SlotLayout` computes on both sides.
+Two kinds of things live here. The *spec* (`BridgeSpec`) starts a bridge and never changes. The *messages* travel over
+the socket, each a dataclass of numbers, strings and tuples: no tensor and no pickle ever crosses it. Tensors stay in a
+slot, whose byte layout `SlotLayout` computes on both sides.
 
 Legend: R rows of a slot, S tokens of a row, W feature width = captured layers x hidden size.
 """
@@ -20,7 +20,7 @@ Split = Literal["train", "eval"]
 BYTES = {"int32": 4, "uint8": 1, "float32": 4, "bfloat16": 2}
 
 
-# --- the spec: one JSON document that starts a bridge ------------------------------------------------------------------
+# --- the spec: one JSON document that starts a bridge -----------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +65,10 @@ class BridgeSpec:
     num_slots: int = 2
     feature_dtype: Dtype = "bfloat16"
     transport: Literal["shared_memory", "cuda_ipc", "in_process"] = "shared_memory"
+    memory_fraction: float | None = None  # of its GPU's memory that the bridge may take; None: what is free
 
 
-# --- a slot's bytes ----------------------------------------------------------------------------------------------------
+# --- a slot's bytes ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-# --- messages: trainer -> bridge ---------------------------------------------------------------------------------------
+# --- messages: trainer -> bridge --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,7 @@ class Shutdown:
     """End in good order."""
 
 
-# --- messages: bridge -> trainer ---------------------------------------------------------------------------------------
+# --- messages: bridge -> trainer --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +181,16 @@ class TargetInfo:
     vocab_size: int
     capture: str  # "layer_output", or "next_layer_input" where deepstack adds to it in between
     stand_ins: tuple[str, ...] = ()  # CPU stand-ins in use, if any
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuMemory:
+    """The bridge's GPU when its target is loaded, before the ring; bytes."""
+
+    total: int
+    free: int
+    weights: int  # the target's, as files on disk
+    reserved: int  # by torch: weights, SGLang's pools, workspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +226,7 @@ class Ready:
     indexes: dict[str, IndexTable]  # by split
     num_slots: int
     feature_width: int
+    gpu: GpuMemory | None = None  # None: the target runs on the CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +235,7 @@ class RingMemory:
 
     num_bytes: int  # of all slots
     cuda_handle: bytes | None = None  # CUDA IPC handle of the allocation, where the slots are on a GPU
+    gpu_uuid: str | None = None  # that GPU, as nvidia-smi names it: ordinals may differ between processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +279,7 @@ class Decoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """The bridge cannot go on (`request_id` None) or could not do one request. `message` is one sentence for the user."""
+    """The bridge cannot go on (`request_id` None), or not do one request. `message` is one sentence for the user."""
 
     request_id: int | None
     message: str

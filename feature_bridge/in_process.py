@@ -26,6 +26,7 @@ class InProcessClient:
         self._ring = Ring(spec.num_slots)
         self._memory, fd = create_host_memory(slot_layout(spec, self.ready.feature_width), spec.num_slots)
         os.close(fd)
+        self.ring_bytes = self._memory.num_bytes
         self._request_id = 0
         self._fills: deque[Fill] = deque()
 
@@ -46,7 +47,7 @@ class InProcessClient:
         except Exception as error:
             raise BridgeError(describe(error), kind="failed") from error
 
-    def slot(self, filled: Filled, device_id: int = 0) -> dict[str, Producer]:
+    def slot(self, filled: Filled, device_id: int | None = None) -> dict[str, Producer]:
         return self._memory.arrays(filled.slot, device_id)
 
     def release(self, slot: int, generation: int) -> None:

@@ -1,5 +1,9 @@
 """The memory of a ring that two processes share, as DLPack producers: host memory here, a GPU's in `cuda_ipc`.
 
+Order, for every transport: nobody waits on the other side's streams. The worker waits until its own stream is done with
+a slot, then the bridge says `Filled`; the trainer waits until the outputs of whatever read the slot are ready, then it
+says `Release`. So a slot has one owner at a time, and a capsule needs no event and no stream.
+
 Host memory is a `memfd`: it has no name, so nothing is left behind however the processes end. The bridge makes it, the
 trainer gets the file descriptor over the socket, both map it.
 
@@ -96,11 +100,8 @@ def slot_arrays(layout: SlotLayout, slot_address: int, device: tuple[int, int]) 
 class SlotMemory(Protocol):
     """What the bridge fills and the trainer reads; one a ring."""
 
-    def slot_view(self, slot: int) -> Any:
-        """A slot for the worker to write: a writable memoryview of its bytes where they are host memory."""
-
-    def arrays(self, slot: int, device_id: int = 0) -> dict[str, Producer]:
-        """A slot's arrays for the trainer, on JAX's local device `device_id`."""
+    def arrays(self, slot: int, device_id: int | None = None) -> dict[str, Producer]:
+        """A slot's arrays by field name: the worker writes them, the trainer reads them on its device `device_id`."""
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -128,9 +129,9 @@ class HostMemory:
         start = slot * self._layout.slot_bytes
         return memoryview(self._map)[start : start + self._layout.slot_bytes]
 
-    def arrays(self, slot: int, device_id: int = 0) -> dict[str, Producer]:
+    def arrays(self, slot: int, device_id: int | None = None) -> dict[str, Producer]:
         assert 0 <= slot < self._num_slots
-        return slot_arrays(self._layout, self.address + slot * self._layout.slot_bytes, (CPU, device_id))
+        return slot_arrays(self._layout, self.address + slot * self._layout.slot_bytes, (CPU, device_id or 0))
 
     def close(self) -> None:
         """Frees the pages and keeps the addresses: arrays that are still alive read zeros."""
@@ -175,6 +176,10 @@ def create_memory(transport: str, layout: SlotLayout, num_slots: int) -> tuple[S
     if transport == "shared_memory":
         memory, fd = create_host_memory(layout, num_slots)
         return memory, RingMemory(num_bytes=memory.num_bytes), (fd,)
+    if transport == "cuda_ipc":
+        from feature_bridge.cuda_ipc import create_cuda_memory
+
+        return *create_cuda_memory(layout, num_slots), ()
     raise ValueError(f"bridge.transport={transport!r} is not available in a bridge process; use 'shared_memory'")
 
 
@@ -186,7 +191,10 @@ def attach_memory(
     Raises:
       ValueError: the two sides do not agree on the layout.
     """
-    assert transport == "shared_memory"
+    if transport == "cuda_ipc":
+        from feature_bridge.cuda_ipc import attach_cuda_memory
+
+        return attach_cuda_memory(layout, num_slots, shown)
     fd = take_fd()
     try:
         memory = HostMemory(layout, num_slots, fd)

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from feature_bridge import wire
@@ -39,7 +40,7 @@ from feature_bridge.contracts import (
     Shutdown,
     SlotLayout,
 )
-from feature_bridge.memory import SlotMemory, create_memory
+from feature_bridge.memory import Producer, SlotMemory, create_memory
 from feature_bridge.ring import Lease, Ring, RingClosed
 
 DEFAULT_WORKER = "feature_bridge.worker:Worker"
@@ -52,8 +53,8 @@ class Worker(Protocol):
 
     ready: Ready
 
-    def fill(self, split: str, rows: tuple[Row, ...], slot: Any) -> tuple[FilledRow, ...]:
-        """Writes every field of a slot (`SlotMemory.slot_view`), and returns when its bytes are complete."""
+    def fill(self, split: str, rows: tuple[Row, ...], slot: Mapping[str, Producer]) -> tuple[FilledRow, ...]:
+        """Writes every array of a slot (`SlotMemory.arrays`), and returns when its bytes are complete."""
 
     def decode(self, request: Decode) -> Decoded: ...
 
@@ -76,7 +77,7 @@ def fill_slot(
     try:
         if len(request.rows) != rows_per_slot:
             raise ValueError(f"a request has {len(request.rows)} rows where a slot has {rows_per_slot}")
-        rows = worker.fill(request.split, request.rows, memory.slot_view(lease.slot))
+        rows = worker.fill(request.split, request.rows, memory.arrays(lease.slot))
     except BaseException:
         ring.cancel(lease)
         raise

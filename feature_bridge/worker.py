@@ -7,10 +7,10 @@ Legend: R rows of a slot, S tokens of a row, T tokens of a row in use, K capture
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -22,17 +22,20 @@ from feature_bridge.contracts import (
     Decode,
     Decoded,
     FilledRow,
+    GpuMemory,
     Ready,
     Row,
     Skip,
     SlotLayout,
     Split,
 )
+from feature_bridge.gpu_memory import target_budget, weight_bytes
 from feature_bridge.index import build_indexes, format_counts
 from feature_bridge.media import MediaError
+from feature_bridge.memory import Producer
 from feature_bridge.processors import load_processor
 from feature_bridge.samples import Sample, render_inputs
-from feature_bridge.targets import load_target, resolve_directory
+from feature_bridge.targets import load_target, read_text_config, resolve_directory
 from feature_bridge.targets.base import Grid, Request, Target, check_request
 
 
@@ -68,7 +71,10 @@ class Worker:
         # Before the target: the index starts processes, and those should not inherit a model.
         self.indexes = build_indexes(target_spec, spec.data, self.processor)
         print(format_counts(self.indexes), flush=True)
-        self.target = load_target(self._spec)
+        budget = self._target_budget()
+        if budget is not None and spec.memory_fraction is not None:
+            torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.mem_get_info()[1])
+        self.target = load_target(self._spec, memory_budget=budget)
         for stand_in in self.target.info.stand_ins:
             print(f"stand-in on this CPU: {stand_in}", flush=True)
         width = self.target.info.hidden_size * len(spec.target.layer_ids)
@@ -80,23 +86,33 @@ class Worker:
             indexes={split: index.table() for split, index in self.indexes.items()},
             num_slots=spec.num_slots,
             feature_width=width,
+            gpu=self._gpu_memory(),
         )
 
-    def fill(self, split: Split, rows: Sequence[Row], slot: memoryview) -> tuple[FilledRow, ...]:
-        """Write every field of a slot. A sample whose pictures are gone or broken by now is masked out of its row.
+    def fill(self, split: Split, rows: Sequence[Row], slot: Mapping[str, Producer]) -> tuple[FilledRow, ...]:
+        """Write every array of a slot. A sample whose pictures are gone or broken by now is masked out of its row.
 
         Raises:
           ValueError: a row does not fit, or the target gave features that cannot be true.
         """
         assert len(rows) == self._layout.rows
-        fields = slot_tensors(self._layout, slot)
+        fields = {name: torch.from_dlpack(producer) for name, producer in slot.items()}  # the slot's own memory
         prepared: list[list[Future[Prepared]]] = [
             [self._background.submit(self._prepare, split, position) for position in row.samples] for row in rows
         ]
         filled = []
         for r, (row, futures) in enumerate(zip(rows, prepared, strict=True)):
             samples = [future.result() for future in futures]
-            filled.append(self._fill_row(row, samples, {name: tensor[r] for name, tensor in fields.items()}))
+            out = {name: tensor[r] for name, tensor in fields.items()}
+            try:
+                filled.append(self._fill_row(row, samples, out))
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"the target ran out of GPU memory in row {row.row_id}; lower trainer.memory_fraction, "
+                    "data.row_tokens or data.max_pixels, or raise bridge.memory_fraction"
+                ) from error
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # the slot's bytes are complete: see `memory`
         return tuple(filled)
 
     def decode(self, request: Decode) -> Decoded:
@@ -106,6 +122,31 @@ class Worker:
         if "eval" not in self.indexes:
             raise ValueError("there is no held-out data to decode; give data.eval_path or data.eval_fraction")
         return decode(self.target, self.processor, self.indexes["eval"], request)
+
+    def _target_budget(self) -> int | None:
+        """Bytes of the GPU that the target may take; None on a CPU."""
+        if not torch.cuda.is_available():
+            return None
+        spec, directory = self._spec, Path(self._spec.target.path)
+        free, total = torch.cuda.mem_get_info()
+        hidden_size = read_text_config(directory)["hidden_size"]
+        width = hidden_size * len(spec.target.layer_ids)
+        layout = SlotLayout(spec.rows_per_slot, spec.row_tokens, width, spec.feature_dtype)
+        return target_budget(
+            fraction=spec.memory_fraction,
+            total=total,
+            free=free,
+            weights=weight_bytes(directory),
+            ring=spec.num_slots * layout.slot_bytes if spec.transport == "cuda_ipc" else 0,
+        )
+
+    def _gpu_memory(self) -> GpuMemory | None:
+        if not torch.cuda.is_available():
+            return None
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        weights = weight_bytes(Path(self._spec.target.path))
+        return GpuMemory(total=total, free=free, weights=weights, reserved=torch.cuda.memory_reserved())
 
     def _prepare(self, split: Split, position: int) -> Prepared:
         """Read a sample and its pictures; on the background thread."""
@@ -156,16 +197,6 @@ class Worker:
             samples=tuple(sample.position for sample in used),
             skipped=tuple(sample.skip for sample in samples if sample.skip is not None),
         )
-
-
-def slot_tensors(layout: SlotLayout, slot: memoryview) -> dict[str, Tensor]:
-    """A slot's fields as torch tensors over its own bytes."""
-    return {
-        field.name: torch.frombuffer(
-            slot, dtype=getattr(torch, field.dtype), count=math.prod(field.shape), offset=field.offset
-        ).view(field.shape)
-        for field in layout.fields
-    }
 
 
 def extend_checked(target: Target, samples: Sequence[Prepared]) -> list[Float[Tensor, "T_sample W"]]:

@@ -148,15 +148,32 @@ class BridgeConfig:
     start_timeout_s: float = 1800.0
     """Seconds that a bridge may take to start: the index and the target."""
     request_timeout_s: float = 300.0
-    """Seconds that filling one slot may take."""
+    """Seconds that filling one slot may take; a bridge that takes longer counts as hung."""
+    restarts: int = 0
+    """How often a bridge that died or hung is started again; training goes on from the same row."""
+    memory_fraction: float | None = None
+    """Share of its GPU's memory that a bridge may take, slots included; None: what the trainer leaves free."""
 
     def __post_init__(self):
+        _require(self.restarts >= 0, "bridge.restarts", self.restarts, "give 0 or more")
+        _require_fraction("bridge.memory_fraction", self.memory_fraction)
         _require(
             self.num_slots >= 2,
             "bridge.num_slots",
             self.num_slots,
             "one slot is used while another is filled: at least 2",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """The JAX process."""
+
+    memory_fraction: float | None = None
+    """Share of each GPU's memory that JAX takes at start; None: XLA_PYTHON_CLIENT_MEM_FRACTION, or JAX's own 0.75."""
+
+    def __post_init__(self):
+        _require_fraction("trainer.memory_fraction", self.memory_fraction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +202,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     seed: int = 0
@@ -234,6 +252,11 @@ class Config:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
         _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "give at least 1, or None")
         _require(bool(re.fullmatch(r"[\w.-]+", self.name)), "name", self.name, "use letters, digits, '.', '_' and '-'")
+        if (self.bridge.memory_fraction or 0) + (self.trainer.memory_fraction or 0) > 1:
+            raise ValueError(
+                f"bridge.memory_fraction={self.bridge.memory_fraction} and trainer.memory_fraction="
+                f"{self.trainer.memory_fraction} are more than one GPU has: lower one of them"
+            )
         least = 8 * self.draft.block_size
         if self.data.row_tokens < least:
             raise ValueError(
@@ -256,6 +279,10 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.name
+
+
+def _require_fraction(name: str, value: float | None) -> None:
+    _require(value is None or 0 < value < 1, name, value, "give a share of the GPU above 0 and below 1, or None")
 
 
 def _require(ok: bool, name: str, value: Any, remedy: str) -> None:

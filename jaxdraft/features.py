@@ -7,6 +7,8 @@ Legend: D local devices, one bridge each; R rows of a slot; the batch has D * R 
 
 from __future__ import annotations
 
+import functools
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,14 +21,26 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from feature_bridge.client import BridgeError, Client, connect
 from feature_bridge.contracts import BridgeSpec, DataSpec, Filled, FilledRow, Row, TargetSpec
+from feature_bridge.cuda_ipc import Gpu
 from feature_bridge.in_process import InProcessClient
+from feature_bridge.restart import RestartingClient
 from feature_bridge.server import DEFAULT_WORKER, load_worker
 from jaxdraft.config import Config
+from jaxdraft.gpu_memory import jax_memory_limit
 from jaxdraft.objective import Batch
 
-__all__ = ["Bridge", "BridgeError", "FeatureStream", "Slot", "make_bridge_spec", "open_bridge"]
+__all__ = [
+    "Bridge",
+    "BridgeError",
+    "FeatureStream",
+    "Slot",
+    "devices_by_row",
+    "make_bridge_spec",
+    "memory_use",
+    "open_bridge",
+]
 
-Bridge = Client | InProcessClient
+Bridge = Client | RestartingClient | InProcessClient
 
 
 def make_bridge_spec(config: Config, layer_ids: Sequence[int]) -> BridgeSpec:
@@ -60,16 +74,20 @@ def make_bridge_spec(config: Config, layer_ids: Sequence[int]) -> BridgeSpec:
         num_slots=bridge.num_slots,
         feature_dtype=bridge.feature_dtype,
         transport=bridge.transport,
+        memory_fraction=bridge.memory_fraction,
     )
 
 
-def open_bridge(config: Config, layer_ids: Sequence[int], *, log_path: str | Path) -> Bridge:
+def open_bridge(
+    config: Config, layer_ids: Sequence[int], *, log_path: str | Path, device: jax.Device | None = None
+) -> Bridge:
     """Starts the bridge and waits until it is ready; a context manager, which closes it.
 
     Args:
       config: of the run.
       layer_ids: target layers to capture, ascending.
       log_path: file that the bridge process writes its output to.
+      device: that will read the slots: where it is a GPU, the bridge sees this one alone. None: the first local one.
 
     Raises:
       ValueError: the bridge cannot run this config.
@@ -78,13 +96,47 @@ def open_bridge(config: Config, layer_ids: Sequence[int], *, log_path: str | Pat
     spec = make_bridge_spec(config, layer_ids)
     if spec.transport == "in_process":
         return InProcessClient(spec, load_worker(DEFAULT_WORKER)(spec))
-    return connect(
+    device = device or jax.local_devices()[0]
+    if spec.transport == "cuda_ipc" and device.platform == "cpu":
+        raise ValueError(
+            "bridge.transport='cuda_ipc' needs JAX on a GPU, and it runs on the CPU here: install jaxdraft[cuda13] or "
+            "jaxdraft[cuda12], or use bridge.transport='shared_memory'"
+        )
+    start = functools.partial(
+        connect,
         spec,
         log_path=log_path,
         python=config.bridge.python,
+        env=_seeing_only(device),
         start_timeout_s=config.bridge.start_timeout_s,
         request_timeout_s=config.bridge.request_timeout_s,
     )
+    if not config.bridge.restarts:
+        return start()
+    return RestartingClient(start, config.bridge.restarts, say=lambda sentence: print(sentence, file=sys.stderr))
+
+
+def _seeing_only(device: jax.Device) -> dict[str, str]:
+    """Environment in which a bridge finds only this GPU; empty where there is nothing to choose."""
+    if device.platform == "cpu" or len(jax.local_devices()) == 1:
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": Gpu(device.local_hardware_id).uuid}
+
+
+def memory_use(bridge: Bridge, device: jax.Device) -> dict[str, int]:
+    """Who holds how many bytes of the GPU that trainer and bridge share; empty where the target runs on a CPU."""
+    gpu, on_gpu = bridge.ready.gpu, device.platform != "cpu"
+    if gpu is None:
+        return {}
+    use = {
+        "target: weights": gpu.weights,
+        "target: pools and workspace": max(0, gpu.reserved - gpu.weights),
+        f"bridge: {bridge.num_slots} slots": bridge.ring_bytes if bridge.transport == "cuda_ipc" else 0,
+    }
+    if on_gpu and (limit := jax_memory_limit(device)) is not None:
+        use["trainer: JAX"] = limit
+    use["free"] = Gpu(device.local_hardware_id).memory_info()[0] if on_gpu else gpu.free
+    return use | {"the whole GPU": gpu.total}
 
 
 class Request(Protocol):
@@ -128,7 +180,7 @@ class FeatureStream:
         """
         self._bridges = tuple(bridge) if isinstance(bridge, Sequence) else (bridge,)
         self._sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
-        self._devices = _devices_by_row(self._sharding)
+        self._devices = devices_by_row(self._sharding)
         assert len(self._devices) == len(self._bridges), "one bridge for each local device"
         self._requests = iter(requests)
         self._exhausted = False
@@ -217,7 +269,7 @@ def _arrays_on(device: jax.Device, bridge: Bridge, filled: Filled) -> dict[str, 
     return jax.device_put({**arrays, **small}, device)
 
 
-def _devices_by_row(sharding: Sharding) -> list[jax.Device]:
+def devices_by_row(sharding: Sharding) -> list[jax.Device]:
     """The local devices in the order of the rows they hold."""
     slices = sharding.addressable_devices_indices_map((sharding.num_devices,))
     return sorted(slices, key=lambda device: slices[device][0].start or 0)

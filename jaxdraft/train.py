@@ -29,8 +29,9 @@ from jaxdraft.config import Config
 from jaxdraft.convert import load_draft
 from jaxdraft.eval_result import EvalResult
 from jaxdraft.evaluate import evaluate_batches
-from jaxdraft.features import BridgeError, FeatureStream, open_bridge
+from jaxdraft.features import BridgeError, FeatureStream, devices_by_row, memory_use, open_bridge
 from jaxdraft.finish import finish
+from jaxdraft.gpu_memory import check_trainer_fits, limit_gpu_memory, print_memory
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import from_tensors
 from jaxdraft.objective import Frozen
@@ -52,6 +53,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
       ValueError: what a user can repair, in one sentence.
     """
     started = time.perf_counter()
+    limit_gpu_memory(config.trainer.memory_fraction)
 
     # What is trained: shapes from the target's config, start weights from the seed or a draft.
     target = open_target(config.target)
@@ -66,11 +68,14 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
     ):
         # One bridge for each of this host's devices, its ring of slots in that device's memory.
         bridges = [
-            stack.enter_context(open_bridge(config, draft.target_layer_ids, log_path=run_dir / f"bridge{i or ''}.log"))
-            for i in range(len(mesh.local_devices))
+            stack.enter_context(
+                open_bridge(config, draft.target_layer_ids, log_path=run_dir / f"bridge{i or ''}.log", device=device)
+            )
+            for i, device in enumerate(devices_by_row(row_sharding(mesh)))
         ]
         bridge = bridges[0]
         report.print_start(console, config, draft, bridge.ready)
+        print_memory(console, memory_use(bridge, mesh.local_devices[0]))
 
         # Which rows, in which order: a pure function of the index and the seed.
         tables = bridge.ready.indexes
@@ -91,6 +96,8 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
             functools.partial(init_state, draft, config.optim, options),
             out_shardings=state_shardings(draft, config.optim, options, mesh),
         )
+        if mesh.size == 1:
+            check_trainer_fits(jax.eval_shape(place, key, params=start_params), frozen, mesh.local_devices[0])
         state = place(key, params=start_params)
         meta = run_meta(config, draft, plan, bridge.ready)
         if checkpoints.latest is not None:

@@ -27,6 +27,7 @@ from feature_bridge.contracts import (
     TargetInfo,
     TargetSpec,
 )
+from feature_bridge.memory import Producer
 
 HIDDEN = 3
 SLEEP, CRASH, SPAWN = -1, -2, -3
@@ -80,7 +81,7 @@ class FakeWorker:
         )
         self._layout = SlotLayout(spec.rows_per_slot, spec.row_tokens, width, spec.feature_dtype)
 
-    def fill(self, split: str, rows: tuple[Row, ...], slot: memoryview) -> tuple[FilledRow, ...]:
+    def fill(self, split: str, rows: tuple[Row, ...], slot: dict[str, Producer]) -> tuple[FilledRow, ...]:
         if split == "eval":
             raise ValueError("data.eval_path=None: there is nothing held out; set data.eval_fraction")
         print("filling", [row.row_id for row in rows])
@@ -93,7 +94,7 @@ class FakeWorker:
             print("the last words")
             os._exit(7)
         for field in self._layout.fields:
-            slot[field.offset : field.offset + field.num_bytes] = field_bytes(field, rows)
+            ctypes.memmove(slot[field.name].address, field_bytes(field, rows), field.num_bytes)
             if SLEEP in special:
                 time.sleep(1000)
         return tuple(FilledRow(row_id=r.row_id, num_tokens=len(r.samples), samples=r.samples) for r in rows)

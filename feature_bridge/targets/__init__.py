@@ -18,16 +18,19 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _FROZEN_MODULES = ("embed_tokens", "lm_head")  # the trainer reads them as plain matrices
 
 
-def load_target(spec: BridgeSpec) -> Target:
+def load_target(spec: BridgeSpec, *, memory_budget: int | None = None) -> Target:
     """The target that `spec` asks for, its layer contract checked if `spec.target.verify`.
+
+    Args:
+      spec: of the bridge.
+      memory_budget: bytes of the GPU that SGLang may take; None: half of what is free.
 
     Raises:
       ValueError: no such model, layers that cannot be captured, a quantised embedding or head, samples longer than the
         target's context, or features that are not what was asked for.
     """
     directory = resolve_directory(spec.target)
-    config = _read_config(directory)
-    text = config.get("text_config", config)
+    text = read_text_config(directory)
     check_layer_ids(spec.target.layer_ids, text["num_hidden_layers"])
     check_not_quantised(directory)
     context = text.get("max_position_embeddings")
@@ -50,7 +53,7 @@ def load_target(spec: BridgeSpec) -> Target:
             )
         from feature_bridge.targets.sglang import SGLangTarget
 
-        target: Any = SGLangTarget(spec.target, directory, max_tokens=max_tokens)
+        target: Any = SGLangTarget(spec.target, directory, max_tokens=max_tokens, memory_budget=memory_budget)
         declared = target.info.capture if target.capture_is_known else None
     else:
         from feature_bridge.targets.huggingface import HuggingFaceTarget
@@ -101,8 +104,10 @@ def check_not_quantised(directory: Path) -> None:
                     )
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_text_config(directory: Path) -> dict[str, Any]:
+    """The language model's part of config.json."""
     file = directory / "config.json"
     if not file.is_file():
         raise ValueError(f"target.path={str(directory)!r} has no config.json; give a complete model directory")
-    return json.loads(file.read_text())
+    config = json.loads(file.read_text())
+    return config.get("text_config", config)

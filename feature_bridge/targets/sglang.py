@@ -32,8 +32,10 @@ class SGLangTarget:
 
     state_of = staticmethod(versions.layer_state)
 
-    def __init__(self, spec: TargetSpec, directory: Path, *, max_tokens: int):
+    def __init__(self, spec: TargetSpec, directory: Path, *, max_tokens: int, memory_budget: int | None = None):
         """Load the model. `max_tokens` is what one extend may hold: it sizes the key-value pool.
+
+        `memory_budget`: bytes of the GPU it may take altogether; None: half of what is free.
 
         Raises ValueError for ServerArgs that SGLang does not know and for models whose layers it cannot capture.
         """
@@ -49,7 +51,8 @@ class SGLangTarget:
         release = versions.release_of(version)
 
         with versions.quiet_start():
-            args = versions.server_args(_server_args(spec, directory, device, max_tokens), spec.sglang_args)
+            wanted = _server_args(spec, directory, device, max_tokens) | _memory_args(memory_budget)
+            args = versions.server_args(wanted, spec.sglang_args)
             if stand_ins:
                 cpu_stand_ins.use_in_sglang()
             self._runner = versions.start_runner(args)
@@ -205,6 +208,13 @@ def _groups(requests: Sequence[Request], max_tokens: int) -> list[list[Request]]
             tokens = len(request.tokens)
         groups[-1].append(request)
     return groups
+
+
+def _memory_args(budget: int | None) -> dict[str, Any]:
+    """SGLang's fraction is one of the memory that is free when it starts, and leaves out what it needs to compute."""
+    if budget is None:
+        return {}
+    return {"mem_fraction_static": min(0.9, round(0.9 * budget / torch.cuda.mem_get_info()[0], 4))}
 
 
 def _server_args(spec: TargetSpec, directory: Path, device: str, max_tokens: int) -> dict[str, Any]:

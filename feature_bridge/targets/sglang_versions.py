@@ -76,6 +76,25 @@ def set_environment(device: str) -> None:
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     # A picture must be hashed by its content, or two of them could share an embedding.
     os.environ["SGLANG_MM_SKIP_COMPUTE_HASH"] = "0"
+    _register_configs_once()
+
+
+def _register_configs_once() -> None:
+    """Lets SGLang import beside a transformers newer than its pin, which knows by itself some of the model types that
+    SGLang registers when it is imported, and refuses a second registration. Its own ones stay."""
+    from transformers.models.auto import configuration_auto
+
+    mapping = type(configuration_auto.CONFIG_MAPPING)
+    register = mapping.register
+    if getattr(register, "registers_once", False):
+        return
+
+    def register_once(self: Any, key: str, value: Any, exist_ok: bool = False) -> None:
+        if exist_ok or key not in self:
+            register(self, key, value, exist_ok=exist_ok)
+
+    register_once.registers_once = True  # type: ignore[attr-defined]
+    mapping.register = register_once
 
 
 @contextlib.contextmanager

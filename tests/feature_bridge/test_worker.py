@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from feature_bridge.contracts import BridgeSpec, DataSpec, Decode, Row, SlotLayout, TargetSpec
+from feature_bridge.memory import CPU, slot_arrays
 from feature_bridge.samples import render_inputs
 from feature_bridge.targets.base import Extended, Grid, Request
-from feature_bridge.worker import Worker, slot_tensors
+from feature_bridge.worker import Worker
 
 TARGET = Path(__file__).parents[2] / "configs" / "tiny" / "target"
 LAYER_IDS = (0, 2, 5)
@@ -69,9 +70,11 @@ def worker(data) -> Worker:
 def fill(worker: Worker, *rows: tuple[int, ...], dtype: str = "float32"):
     """(filled rows, the slot's tensors). The slot is full of rubbish before."""
     layout = SlotLayout(len(rows), ROW_TOKENS, worker.ready.feature_width, dtype)
-    slot = memoryview(bytearray(b"\xa5" * layout.slot_bytes))
+    memory = torch.full((layout.slot_bytes + layout.ALIGNMENT,), 0xA5, dtype=torch.uint8)
+    slot = slot_arrays(layout, memory.data_ptr(), (CPU, 0))
     requests = tuple(Row(row_id=7 + i, samples=samples) for i, samples in enumerate(rows))
-    return worker.fill("train", requests, slot), slot_tensors(layout, slot)
+    filled = worker.fill("train", requests, slot)
+    return filled, {name: torch.from_dlpack(producer).clone() for name, producer in slot.items()}
 
 
 def own_request(worker: Worker, position: int) -> Request:

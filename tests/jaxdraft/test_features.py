@@ -1,7 +1,6 @@
 """The stream of slots: whose memory, whose bytes, how many at a time, and what a release means."""
 
 import dataclasses
-import functools
 import os
 from pathlib import Path
 
@@ -22,7 +21,12 @@ from jaxdraft.run import Request
 
 SPEC = make_spec(rows=2, row_tokens=19, num_slots=3)
 ENV = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-connect_fake = functools.partial(connect, worker="fake_worker:FakeWorker", env=ENV)
+
+
+def connect_fake(spec, *, env=None, **options):
+    return connect(spec, worker="fake_worker:FakeWorker", env=ENV | (env or {}), **options)
+
+
 BORROWED = ("tokens", "segment_start", "loss_mask", "features")
 
 
@@ -242,5 +246,5 @@ def test_open_bridge(monkeypatch, tmp_path, transport):
 
 def test_a_transport_that_is_not_there(tmp_path):
     config = dataclasses.replace(CONFIG, bridge=BridgeConfig(transport="cuda_ipc"))
-    with pytest.raises(ValueError, match="bridge.transport='cuda_ipc'"):
+    with pytest.raises(ValueError, match=r"bridge\.transport='cuda_ipc' needs JAX on a GPU.*shared_memory"):
         open_bridge(config, (0, 2), log_path=tmp_path / "log")
