@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 EMPTY = -1e30  # log-sum-exp of no key at all; finite, so that merging two empty parts gives 0 and not NaN
-_SCORE_BYTES = 64 * 2**20  # float32 scores of one chunk of anchors
 
 _einsum_32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -171,74 +170,125 @@ def _block_backward(q, k, v, valid, lse, delta, d_out, causal, scale):
     return _einsum_32("rnbkgj,rnjkd->rnbkgd", d_scores, k), _einsum_32("rnbkgj,rnbkgd->rnjkd", d_scores, q), dv
 
 
-# The context part in plain XLA: a scan over chunks of anchors; the backward recomputes a chunk's scores.
+# The context part in plain XLA: a scan over chunks of anchors, and in it a loop over the tiles of keys that any query
+# of the chunk sees. Anchors ascend, so these are few: the cost grows with the intervals, not with n times s.
+# The loops' trip counts depend on the data; that is allowed here because autodiff never sees them.
+#
+# x: the queries of a chunk that share keys, c·b·g of them; t: keys of a tile.
 
 
-def _anchors_per_chunk(q, s: int) -> int:
-    r, n, b, k, g, _ = q.shape
-    return max(1, min(n, _SCORE_BYTES // (4 * r * b * k * g * s)))
+def _sizes(q) -> tuple[int, int]:
+    """(anchors of a chunk, keys of a tile): small enough for a CPU's cache, large enough to fill a GPU."""
+    queries, tile = (512, 128) if jax.default_backend() == "cpu" else (4096, 512)
+    return max(1, min(q.shape[1], queries // (q.shape[2] * q.shape[4]))), tile
 
 
-def _to_chunks(x, size: int):
+def _chunks(x, size: int):
     """[r, n, ...] -> [chunks, r, size, ...], zero-padded; a padded block has end 0 and so sees nothing."""
     r, n = x.shape[:2]
     x = jnp.pad(x, [(0, 0), (0, -n % size)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(r, -1, size, *x.shape[2:]), 1, 0)
 
 
-def _from_chunks(x, n: int):
-    """Inverse of `_to_chunks`."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :n]
+def _query_chunks(x, size: int):
+    """[r, n, b, k, g, ...] -> [chunks, r, k, x, ...]."""
+    x = jnp.moveaxis(_chunks(x, size), 4, 2)
+    return x.reshape(*x.shape[:3], -1, *x.shape[6:])
 
 
-def _context_mask(start, end, s: int):
-    """[r, c, b] and [r, c] -> [r, 1, c, b, 1, s], to match scores [r, k, c, b, g, s]."""
-    index = jnp.arange(s)
-    return ((index >= start[..., None]) & (index < end[..., None, None]))[:, None, :, :, None, :]
+def _from_query_chunks(x, shape: tuple[int, ...]):
+    """Inverse of `_query_chunks` for `shape` = (r, n, b, k, g, ...)."""
+    r, n, b, k, g, *rest = shape
+    x = x.reshape(x.shape[0], r, k, -1, b, g, *rest)
+    x = jnp.moveaxis(x, (1, 0, 3, 4, 2), (0, 1, 2, 3, 4))
+    return x.reshape(r, -1, b, k, g, *rest)[:, :n]
+
+
+def _bounds(start, end, group: int, size: int):
+    """Chunks of each query's interval, [chunks, r, 1, x, 1], empty ones as [0, 0)."""
+    end = jnp.broadcast_to(end[..., None], start.shape)
+    start, end = (jnp.where(end > start, x, 0) for x in (start, end))
+    per_query = (jnp.broadcast_to(x[:, :, :, None, None], (*x.shape, 1, group)) for x in (start, end))
+    return tuple(_query_chunks(x, size)[..., None] for x in per_query)
+
+
+def _tiles(start, end, tile: int):
+    """The range of tiles that a chunk's queries see."""
+    first = jnp.min(jnp.where(end > start, start, jnp.iinfo(jnp.int32).max)) // tile
+    return first, jnp.maximum(first, -(-jnp.max(end) // tile))
+
+
+def _key_tiles(x, tile: int):
+    """[r, s, k, d] -> [r, k, s, d], padded to whole tiles."""
+    return jnp.pad(jnp.moveaxis(x, 2, 1), ((0, 0), (0, 0), (0, -x.shape[1] % tile), (0, 0)))
+
+
+def _tile_mask(start, end, index, tile: int):
+    position = index * tile + jnp.arange(tile)
+    return (position >= start) & (position < end)
 
 
 def _xla_context_forward(q, k, v, start, end, scale):
-    n, s = q.shape[1], k.shape[1]
+    size, tile = _sizes(q)
+    k, v = _key_tiles(k, tile), _key_tiles(v, tile)
 
     def chunk(_, x):
         q, start, end = x
-        mask = _context_mask(start, end, s)
-        scores = jnp.where(mask, _einsum_32("rcbkgd,rskd->rkcbgs", q, k) * scale, EMPTY)
-        peak = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.where(mask, jnp.exp(scores - peak), 0.0)
-        total = jnp.einsum("rkcbgs->rcbkg", weights)
-        out = _einsum_32("rkcbgs,rskd->rcbkgd", weights.astype(v.dtype), v)
+
+        def attend(index, carry):
+            out, peak, total = carry
+            k_t, v_t = (jax.lax.dynamic_slice_in_dim(x, index * tile, tile, axis=2) for x in (k, v))
+            mask = _tile_mask(start, end, index, tile)
+            scores = jnp.where(mask, _einsum_32("rkxd,rktd->rkxt", q, k_t) * scale, EMPTY)
+            new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1, keepdims=True))
+            weights = jnp.where(mask, jnp.exp(scores - new_peak), 0.0)
+            fade = jnp.exp(peak - new_peak)
+            out = out * fade + _einsum_32("rkxt,rktd->rkxd", weights.astype(v.dtype), v_t)
+            return out, new_peak, total * fade + jnp.sum(weights, axis=-1, keepdims=True)
+
+        one = (*q.shape[:-1], 1)
+        nothing = (jnp.zeros(q.shape, jnp.float32), jnp.full(one, EMPTY, jnp.float32), jnp.zeros(one, jnp.float32))
+        out, peak, total = jax.lax.fori_loop(*_tiles(start, end, tile), attend, nothing)
         seen = total > 0
         total = jnp.where(seen, total, 1.0)
-        lse = jnp.where(seen, jnp.einsum("rkcbg->rcbkg", peak[..., 0]) + jnp.log(total), EMPTY)
-        return None, (out / total[..., None], lse)
+        return None, (out / total, jnp.where(seen, peak + jnp.log(total), EMPTY)[..., 0])
 
-    size = _anchors_per_chunk(q, s)
-    _, (out, lse) = jax.lax.scan(chunk, None, jax.tree.map(lambda x: _to_chunks(x, size), (q, start, end)))
-    return _from_chunks(out, n), _from_chunks(lse, n)
+    bounds = _bounds(start, end, q.shape[4], size)
+    _, (out, lse) = jax.lax.scan(chunk, None, (_query_chunks(q, size), *bounds))
+    return _from_query_chunks(out, q.shape), _from_query_chunks(lse, q.shape[:-1])
 
 
 def _xla_context_backward(q, k, v, start, end, lse, delta, d_out, scale):
-    n, s = q.shape[1], k.shape[1]
+    size, tile = _sizes(q)
+    s = k.shape[1]
+    k, v = _key_tiles(k, tile), _key_tiles(v, tile)
 
     def chunk(carry, x):
-        dk, dv = carry
         q, start, end, lse, delta, d_out = x
-        lse, delta = (jnp.einsum("rcbkg->rkcbg", x)[..., None] for x in (lse, delta))
-        scores = _einsum_32("rcbkgd,rskd->rkcbgs", q, k) * scale
-        weights = jnp.where(_context_mask(start, end, s), jnp.exp(scores - lse), 0.0)
-        d_weights = _einsum_32("rcbkgd,rskd->rkcbgs", d_out, v)
-        d_scores = (weights * (d_weights - delta) * scale).astype(q.dtype)
-        dv += _einsum_32("rkcbgs,rcbkgd->rskd", weights.astype(q.dtype), d_out)
-        dk += _einsum_32("rkcbgs,rcbkgd->rskd", d_scores, q)
-        return (dk, dv), _einsum_32("rkcbgs,rskd->rcbkgd", d_scores, k)
 
-    size = _anchors_per_chunk(q, s)
+        def attend(index, carry):
+            dk, dv, dq = carry
+            k_t, v_t, dk_t, dv_t = (jax.lax.dynamic_slice_in_dim(x, index * tile, tile, axis=2) for x in (k, v, dk, dv))
+            scores = _einsum_32("rkxd,rktd->rkxt", q, k_t) * scale
+            weights = jnp.where(_tile_mask(start, end, index, tile), jnp.exp(scores - lse[..., None]), 0.0)
+            d_weights = _einsum_32("rkxd,rktd->rkxt", d_out, v_t)
+            d_scores = (weights * (d_weights - delta[..., None]) * scale).astype(q.dtype)
+            dv_t += _einsum_32("rkxt,rkxd->rktd", weights.astype(q.dtype), d_out)
+            dk_t += _einsum_32("rkxt,rkxd->rktd", d_scores, q)
+            dk, dv = (
+                jax.lax.dynamic_update_slice_in_dim(x, x_t, index * tile, axis=2) for x, x_t in ((dk, dk_t), (dv, dv_t))
+            )
+            return dk, dv, dq + _einsum_32("rkxt,rktd->rkxd", d_scores, k_t)
+
+        nothing = jnp.zeros(q.shape, jnp.float32)
+        dk, dv, dq = jax.lax.fori_loop(*_tiles(start, end, tile), attend, (*carry, nothing))
+        return (dk, dv), dq
+
     zeros = jnp.zeros(k.shape, jnp.float32)
-    chunks = jax.tree.map(lambda x: _to_chunks(x, size), (q, start, end, lse, delta, d_out))
-    (dk, dv), dq = jax.lax.scan(chunk, (zeros, zeros), chunks)
-    return _from_chunks(dq, n), dk, dv
+    q_c, lse_c, delta_c, d_out_c = (_query_chunks(x, size) for x in (q, lse, delta, d_out))
+    bounds = _bounds(start, end, q.shape[4], size)
+    (dk, dv), dq = jax.lax.scan(chunk, (zeros, zeros), (q_c, *bounds, lse_c, delta_c, d_out_c))
+    return _from_query_chunks(dq, q.shape), *(jnp.moveaxis(x[:, :, :s], 1, 2) for x in (dk, dv))
 
 
 IMPLEMENTATIONS: dict[str, ContextPart] = {"xla": ContextPart(_xla_context_forward, _xla_context_backward)}

@@ -73,14 +73,27 @@ def test_equals_reference(shape, causal, implementation, seed, per_slot):
     check(shape, seed, per_slot=per_slot, causal=causal, implementation=implementation)
 
 
-@pytest.mark.parametrize("anchors_per_chunk", [1, 4, 11])
-def test_chunks_of_anchors(monkeypatch, anchors_per_chunk):
-    """11 anchors in chunks of 1, 4 (one padded) and 11 give the same."""
-    r, s, _, b, heads, _, _ = SHAPES[0]
-    monkeypatch.setattr(module, "_SCORE_BYTES", 4 * r * b * heads * s * anchors_per_chunk)
+@pytest.mark.parametrize(("anchors", "tile"), [(1, 5), (4, 8), (11, 37), (3, 64)])
+def test_chunks_of_anchors_and_tiles_of_keys(monkeypatch, anchors, tile):
+    """11 anchors over 37 keys, in chunks and tiles that divide them or not, give the same."""
+    monkeypatch.setattr(module, "_sizes", lambda q: (anchors, tile))
     output_and_gradients.clear_cache()
     check(SHAPES[0], 0, per_slot=True, causal=True, implementation="xla")
+    check(SHAPES[0], 1, per_slot=False, causal=False, implementation="xla")
     output_and_gradients.clear_cache()
+
+
+def test_tiles_outside_every_interval_are_never_touched(monkeypatch):
+    """NaN keys and values there would show in the output and in the gradients."""
+    monkeypatch.setattr(module, "_sizes", lambda q: (4, 8))
+    output_and_gradients.clear_cache()
+    (q, k, v, *block), (_, _, valid) = random_inputs(SHAPES[0], 3, per_slot=False)
+    r, _, n = SHAPES[0][:3]
+    k, v = (x.at[:, :8].set(jnp.nan).at[:, 24:].set(jnp.nan) for x in (k, v))
+    intervals = (jnp.full((r, n), 8, jnp.int32), jnp.full((r, n), 24, jnp.int32), valid)
+    out, grads = output_and_gradients((q, k, v, *block), intervals, q, causal=False, implementation="xla")
+    output_and_gradients.clear_cache()
+    assert all(np.all(np.isfinite(x)) for x in (out, *grads))
 
 
 def test_bfloat16():
@@ -99,7 +112,7 @@ def test_large_scores_do_not_overflow():
 def test_memory_stays_at_one_chunk_of_scores(monkeypatch):
     """Forward and backward of a long row, compiled: far below the scores of all queries."""
     r, s, n, b, heads, kv_heads, d = 1, 1024, 512, 4, 4, 2, 8
-    monkeypatch.setattr(module, "_SCORE_BYTES", 2**20)
+    monkeypatch.setattr(module, "_sizes", lambda q: (32, 128))
     output_and_gradients.clear_cache()
     shape = jax.ShapeDtypeStruct
     q = shape((r, n, b, heads, d), jnp.float32)
