@@ -60,7 +60,8 @@ def block_attention(
       valid: False for blocks that do not exist; their output and gradients are 0.
       causal: slot b sees block slots up to b only; otherwise all of them.
       scale: factor on the scores, head_dim ** -0.5.
-      implementation: "auto", "reference" (dense, small inputs only), or a key of `IMPLEMENTATIONS`.
+      implementation: "auto" (see `attention_choice`), "mosaic" (kernels for Hopper GPUs), "reference" (dense, small
+        inputs only), or a key of `IMPLEMENTATIONS`.
 
     Returns:
       The attention output in q's dtype; softmax statistics and accumulation are float32.
@@ -75,12 +76,26 @@ def block_attention(
     if implementation == "reference":
         return reference(q, k_context, v_context, k_block, v_block, start, end, valid, causal=causal, scale=scale)
     if implementation == "auto":
-        implementation = "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"attention={implementation!r} is unknown; choose auto, reference or one of {sorted(IMPLEMENTATIONS)}"
+        implementation = attention_choice(q.dtype, q.shape[-1])
+    if implementation == "mosaic":
+        from jaxdraft.ops import block_attention_mosaic  # needs a jaxlib with GPU support
+
+        return block_attention_mosaic.attend(
+            q, k_context, v_context, k_block, v_block, start, end, valid, causal=causal, scale=scale
         )
+    if implementation not in IMPLEMENTATIONS:
+        choices = ["auto", "mosaic", "reference", *sorted(IMPLEMENTATIONS)]
+        raise ValueError(f"attention={implementation!r} is unknown; choose one of {', '.join(choices)}")
     return _merged(q, k_context, v_context, k_block, v_block, start, end, valid, causal, scale, implementation)
+
+
+def attention_choice(dtype, head_dim: int) -> str:
+    """What "auto" stands for: "mosaic" (kernels) on a single Hopper GPU in 16-bit precision, "xla" everywhere else."""
+    if jax.default_backend() != "gpu" or jax.device_count() > 1:  # the kernels are not partitioned over a mesh
+        return "xla"
+    hopper = jax.devices()[0].compute_capability == "9.0"
+    fits = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and head_dim in (64, 128)
+    return "mosaic" if hopper and fits else "xla"
 
 
 def reference(q, k_context, v_context, k_block, v_block, start, end, valid, *, causal: bool, scale: float):
