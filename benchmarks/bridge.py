@@ -29,15 +29,15 @@ FAMILIES = ("qwen3_5", "qwen3_vl", "qwen2_5_vl")
 LIMIT_S = 240
 
 
-def call(out: Path, name: str, *args: str, env: dict[str, str] | None = None, limit_s: float = LIMIT_S) -> str | None:
-    """Runs `python -m ARGS`; its last line of output, or None where it failed (and the end of its log is printed)."""
+def call(out: Path, name: str, python: str, *args: str, limit_s: float = LIMIT_S) -> str | None:
+    """Runs `PYTHON -m ARGS`; its last line of output, or None where it failed (and the end of its log is printed)."""
     log = out / f"{name}.log"
-    environment = os.environ | {"PYTHONPATH": path_with_repository(), "PYTHONUNBUFFERED": "1"} | (env or {})
+    environment = os.environ | {"PYTHONPATH": path_with_repository(), "PYTHONUNBUFFERED": "1"}
     start = time.monotonic()
     with log.open("w") as file:
         try:
             code = subprocess.run(
-                [sys.executable, "-m", *args], env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=limit_s
+                [python, "-m", *args], env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=limit_s
             ).returncode
         except subprocess.TimeoutExpired:
             code = "time limit"
@@ -52,16 +52,16 @@ def call(out: Path, name: str, *args: str, env: dict[str, str] | None = None, li
     return lines[-1] if lines else ""
 
 
-def parity(out: Path, quick: bool, workers: int) -> None:
+def parity(out: Path, python: str, quick: bool, workers: int) -> None:
     cases = [(family, size) for size in (("tiny",) if quick else ("tiny", "full")) for family in FAMILIES]
 
     def reference(case: tuple[str, str]) -> None:
-        call(out, f"reference-{'-'.join(case)}", "benchmarks.bridge_parity", "reference", *case, str(out))
+        call(out, f"reference-{'-'.join(case)}", python, "benchmarks.bridge_parity", "reference", *case, str(out))
 
     def capture(job: tuple[str, str, str]) -> str | None:
         family, size, dtype = job
         name = f"capture-{family}-{size}-{dtype}"
-        return call(out, name, "benchmarks.bridge_parity", "capture", family, size, str(out), dtype)
+        return call(out, name, python, "benchmarks.bridge_parity", "capture", family, size, str(out), dtype)
 
     jobs = [(*case, dtype) for dtype in ("bfloat16", "float32") for case in cases]
     with ThreadPoolExecutor(workers) as pool:
@@ -79,10 +79,10 @@ def parity(out: Path, quick: bool, workers: int) -> None:
     print(flush=True)
 
 
-def row(out: Path, quick: bool, workers: int) -> None:
+def row(out: Path, python: str, quick: bool, workers: int) -> None:
     size = ("--quick",) if quick else ()
-    call(out, "row-write", "benchmarks.bridge_row", str(out / "row"), "--write", *size)
-    line = call(out, "row", "benchmarks.bridge_row", str(out / "row"), *size)
+    call(out, "row-write", python, "benchmarks.bridge_row", str(out / "row"), "--write", *size)
+    line = call(out, "row", sys.executable, "benchmarks.bridge_row", str(out / "row"), python, *size)
     if line is None:
         tail(out / "row" / "bridge.log")
         return
@@ -92,12 +92,13 @@ def row(out: Path, quick: bool, workers: int) -> None:
     print("```", flush=True)
 
 
-def run(out: Path, quick: bool, workers: int) -> None:
+def run(out: Path, python: str, quick: bool, workers: int) -> None:
     """200 steps of the embedded job; GPU memory in use sampled beside it."""
     steps = 4 if quick else 200
     args = ["jaxdraft.train", "--config", "tiny_qwen35vl.py", "--output-dir", str(out), "--name", "run"]
     args += ["--max-steps", str(steps), "--epochs", "200", "--eval-interval", "100", "--save-interval", "100"]
-    args += ["--num-decode", "0", "--data.cache-dir", str(out / "cache"), "--bridge.restarts", "1"]
+    args += ["--bridge.python", python, "--num-decode", "0"]
+    args += ["--data.cache-dir", str(out / "cache"), "--bridge.restarts", "1"]
     if quick:
         args += ["--target.backend", "huggingface"]
     else:
@@ -106,7 +107,7 @@ def run(out: Path, quick: bool, workers: int) -> None:
     samples: list[tuple[int, int]] = []  # (step, MiB in use on the GPU)
     metrics = out / "run" / "metrics.jsonl"
     with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(call, out, "run-train", *args)
+        done = pool.submit(call, out, "run-train", sys.executable, *args)
         while not done.done():
             time.sleep(0.5)
             step = last_step(metrics)
@@ -171,6 +172,7 @@ def main() -> None:
     parser.add_argument("--parts", default="row,run,parity")
     parser.add_argument("--out", type=Path, default=None, help="logs and models; default: a new temporary folder")
     parser.add_argument("--workers", type=int, default=0, help="parity processes at a time; default 1 quick, else 6")
+    parser.add_argument("--bridge-python", default=sys.executable, help="of the environment with torch and SGLang")
     args = parser.parse_args()
     out = args.out or Path(tempfile.mkdtemp(prefix="bridge-benchmark-"))
     out.mkdir(parents=True, exist_ok=True)
@@ -183,7 +185,7 @@ def main() -> None:
     for part in args.parts.split(","):
         print(f"### {part}", flush=True)
         try:
-            parts[part](out, args.quick, args.workers or (1 if args.quick else 6))
+            parts[part](out, args.bridge_python, args.quick, args.workers or (1 if args.quick else 6))
         except Exception as error:  # the other parts go on
             print(f"**{part} failed**: {type(error).__name__}: {error}", flush=True)
 

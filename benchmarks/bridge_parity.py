@@ -150,7 +150,7 @@ def capture(family: str, size: str, root: Path, dtype: str) -> None:
     directory = root / f"{family}-{size}"
     data = DataSpec(train_path=None, max_length=1024, min_supervised=1)
     spec = BridgeSpec(target=spec_of(directory, dtype), data=data, rows_per_slot=1, row_tokens=2048)
-    target: Any = load_target(spec, memory_budget=12 << 30 if DEVICE == "cuda" else None)
+    target: Any = load_target(spec)
     if dtype == "float32":
         use_native_ops(target)
     requests = make_requests(target.config)

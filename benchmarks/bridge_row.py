@@ -1,6 +1,7 @@
 """A bridge and a trainer on one GPU: what a row costs, alone and together, and how it changes hands.
 
-    python -m benchmarks.bridge_row DIR [--quick]
+    BRIDGE_PYTHON -m benchmarks.bridge_row DIR --write [--quick]    the target and the data
+    python -m benchmarks.bridge_row DIR BRIDGE_PYTHON [--quick]     the measurements, as one JSON line
 
 The target has Qwen3.5-4B's shape and random weights; the rows are full of the embedded conversations, with their
 pictures. Four measurements in one process and its bridge: capture alone, the training step alone, both together, and
@@ -138,7 +139,7 @@ class TimedWorker:
         return worker
 
 
-def main(root: Path, size: str) -> dict[str, Any]:
+def main(root: Path, size: str, python: str) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -161,7 +162,11 @@ def main(root: Path, size: str) -> dict[str, Any]:
     result: dict[str, Any] = {"device": device.device_kind, "row_tokens": config.data.row_tokens}
     started = time.monotonic()
     with connect(
-        spec, log_path=log, worker="benchmarks.bridge_row:TimedWorker", env={"PYTHONPATH": path_with_repository()}
+        spec,
+        log_path=log,
+        python=python,
+        worker="benchmarks.bridge_row:TimedWorker",
+        env={"PYTHONPATH": path_with_repository()},
     ) as bridge:
         result |= {"start_s": time.monotonic() - started, "backend": bridge.ready.target.backend}
         result["memory_gib"] = {name: n / 2**30 for name, n in memory_use(bridge, device).items()}
@@ -292,4 +297,4 @@ if __name__ == "__main__":
         write_target(root / "target", size)
         write_data(root)
     else:
-        print(json.dumps(main(root, size)), flush=True)
+        print(json.dumps(main(root, size, python=sys.argv[2])), flush=True)

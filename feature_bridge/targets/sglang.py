@@ -57,7 +57,7 @@ class SGLangTarget:
                 cpu_stand_ins.use_in_sglang()
             self._runner = versions.start_runner(args)
         versions.start_embedding_cache(EMBEDDING_CACHE_BYTES[device])
-        self._tree_cache = versions.allocation_without_reuse(self._runner)
+        self._tree_cache = versions.AllocationWithoutReuse(self._runner)
         self._model = self._runner.model.eval()
         self.config = self._runner.model_config.hf_config
         self.layer_ids = spec.layer_ids

@@ -236,17 +236,31 @@ def prefill_whole(req: Any) -> None:
         req.extend_end = length
 
 
-def allocation_without_reuse(runner: Any) -> Any:
-    """The prefix cache's stand-in of SGLang's own in-process benchmark: it allocates and remembers nothing."""
-    try:
-        from sglang.benchmark.one_batch import TreeCacheNamespace
-    except ImportError:  # up to 0.5.16
-        from sglang.bench_one_batch import TreeCacheNamespace
-    return TreeCacheNamespace(
-        page_size=runner.server_args.page_size or 1,
-        device=runner.device,
-        token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
-    )
+class AllocationWithoutReuse:
+    """What a ScheduleBatch asks of a prefix cache, for a batch that shares nothing and remembers nothing.
+
+    SGLang's in-process benchmark has such a stand-in too, in a module that imports the whole HTTP server.
+    """
+
+    def __init__(self, runner: Any):
+        self.page_size = runner.server_args.page_size or 1
+        self.device = runner.device
+        self.token_to_kv_pool_allocator = runner.token_to_kv_pool_allocator
+
+    def supports_swa(self) -> bool:
+        return False
+
+    def supports_mamba(self) -> bool:
+        return False
+
+    def is_chunk_cache(self) -> bool:
+        return False
+
+    def is_tree_cache(self) -> bool:
+        return True
+
+    def evict(self, params: Any) -> None:
+        """There is nothing to evict."""
 
 
 def forward_batch(reqs: Sequence[Any], runner: Any, tree_cache: Any) -> Any:
