@@ -8,6 +8,7 @@ Legend: D local devices, one bridge each; R rows of a slot; the batch has D * R 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 from collections import deque
@@ -107,7 +108,7 @@ def open_bridge(
         spec,
         log_path=log_path,
         python=config.bridge.python,
-        env=_seeing_only(device),
+        env=_environment(device),
         start_timeout_s=config.bridge.start_timeout_s,
         request_timeout_s=config.bridge.request_timeout_s,
     )
@@ -116,9 +117,13 @@ def open_bridge(
     return RestartingClient(start, config.bridge.restarts, say=lambda sentence: print(sentence, file=sys.stderr))
 
 
-def _seeing_only(device: jax.Device) -> dict[str, str]:
-    """Environment in which a bridge finds only this GPU; empty where there is nothing to choose."""
-    if device.platform == "cpu" or len(jax.local_devices()) == 1:
+def _environment(device: jax.Device) -> dict[str, str]:
+    """A bridge's own environment: on a CPU half of the cores, and among several GPUs the one whose slots it fills."""
+    if device.platform == "cpu":
+        # Threads of two processes that spin for the same cores slow each other down many times over.
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 2) // 2))
+        return {"OMP_NUM_THREADS": threads}
+    if len(jax.local_devices()) == 1:
         return {}
     return {"CUDA_VISIBLE_DEVICES": Gpu(device.local_hardware_id).uuid}
 

@@ -37,7 +37,7 @@ def assert_same_run(run_dir, baseline_dir):
 
 def test_one_compilation_a_run(baseline):
     _, _, _, output = baseline
-    for function in ("train_step", "eval_step"):
+    for function in ("train_step", "predict"):
         assert output.count(f"Finished XLA compilation of jit({function})") == 1, function
 
 
@@ -61,7 +61,7 @@ def test_kills_change_nothing(baseline, tmp_path):
             assert code == -signal.SIGKILL
         else:
             assert code == 2, output[-2000:]
-            assert "error: the bridge" in output, output[-2000:]
+            assert "error: the feature bridge" in output, output[-2000:]
             assert "Traceback" not in output
         runs.wait_until(lambda bridge=bridge: not psutil.pid_exists(bridge) or is_zombie(bridge), timeout_s=20)
     code, output = runs.run(config, *args)
