@@ -55,7 +55,13 @@ def test_unknown_checkpoint_lists_those_there(tmp_path):
 
 
 META = {
-    "config": {"seed": 0, "log_interval": 10, "mesh": {"data": -1}, "target": {"path": "a"}, "draft": {"num_layers": 5}},
+    "config": {
+        "seed": 0,
+        "log_interval": 10,
+        "mesh": {"data": -1},
+        "target": {"path": "a"},
+        "draft": {"num_layers": 5},
+    },
     "mask_token_id": 9,
     "index_digest": "abc",
     "rows_per_step": 4,
@@ -72,7 +78,12 @@ def test_resume_may_change(path, value):
 
 @pytest.mark.parametrize(
     ("path", "value"),
-    [(("mask_token_id",), 8), (("config", "draft", "num_layers"), 3), (("index_digest",), "x"), (("rows_per_step",), 8)],
+    [
+        (("mask_token_id",), 8),
+        (("config", "draft", "num_layers"), 3),
+        (("index_digest",), "x"),
+        (("rows_per_step",), 8),
+    ],
 )
 def test_resume_refuses_by_name(path, value):
     with pytest.raises(ValueError, match=rf"{path[-1]}=.*--fresh"):
