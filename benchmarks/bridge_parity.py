@@ -147,12 +147,11 @@ def capture(family: str, size: str, root: Path, dtype: str) -> None:
     """SGLang's features of the same requests; prints one JSON line."""
     if dtype == "float32":
         allow_float32()
+        use_native_ops()
     directory = root / f"{family}-{size}"
     data = DataSpec(train_path=None, max_length=1024, min_supervised=1)
     spec = BridgeSpec(target=spec_of(directory, dtype), data=data, rows_per_slot=1, row_tokens=2048)
     target: Any = load_target(spec)
-    if dtype == "float32":
-        use_native_ops(target)
     requests = make_requests(target.config)
     got = target.extend(requests).features.cpu()
     wanted = torch.load(root / f"{family}-{size}.pt")
@@ -202,13 +201,22 @@ def allow_float32() -> None:
     sys.meta_path.insert(0, Finder())
 
 
-def use_native_ops(target: Any) -> None:
-    """The plain torch version of every op that has a fused one: those compute in bf16."""
-    from sglang.srt.layers.utils.multi_platform import MultiPlatformOp
+def use_native_ops() -> None:
+    """The plain torch version of every op that has a fused one, from a model's start on: those know only bf16."""
+    from feature_bridge.targets import sglang_versions
 
-    for module in target._model.modules():
-        if isinstance(module, MultiPlatformOp):
-            module._forward_method = module.forward_native
+    start_runner = sglang_versions.start_runner
+
+    def start(args: Any) -> Any:
+        from sglang.srt.layers.utils.multi_platform import MultiPlatformOp
+
+        runner = start_runner(args)
+        for module in runner.model.modules():
+            if isinstance(module, MultiPlatformOp):
+                module._forward_method = module.forward_native
+        return runner
+
+    sglang_versions.start_runner = start
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def write_target(directory: Path, size: str) -> None:
     config["vision_config"] |= VISION[size]
     (directory / "config.json").write_text(json.dumps(config))
     # The trainer reads the embedding; SGLang makes all weights up (load_format="dummy").
-    embedding = 0.02 * torch.randn(text["vocab_size"], text["hidden_size"], dtype=torch.bfloat16)
+    block = 0.02 * torch.randn(1280, text["hidden_size"], dtype=torch.bfloat16)
+    embedding = block.repeat(-(-text["vocab_size"] // 1280), 1)[: text["vocab_size"]].contiguous()
     save_file({"model.language_model.embed_tokens.weight": embedding}, directory / "model.safetensors")
 
 
@@ -146,7 +147,7 @@ def main(root: Path, size: str, python: str) -> dict[str, Any]:
 
     from feature_bridge.client import connect
     from jaxdraft.features import FeatureStream, make_bridge_spec, memory_use
-    from jaxdraft.gpu_memory import limit_gpu_memory
+    from jaxdraft.gpu_memory import claim_gpu_memory, limit_gpu_memory
     from jaxdraft.objective import Frozen
     from jaxdraft.run import make_plan
     from jaxdraft.target import load_frozen, make_draft_config, open_target
@@ -155,6 +156,7 @@ def main(root: Path, size: str, python: str) -> dict[str, Any]:
     config = make_config(root, size)
     limit_gpu_memory(config.trainer.memory_fraction)
     device = jax.local_devices()[0]
+    claim_gpu_memory([device])
     target = open_target(config.target)
     draft = make_draft_config(config.draft, target)
     spec = make_bridge_spec(config, draft.target_layer_ids)
@@ -189,6 +191,7 @@ def main(root: Path, size: str, python: str) -> dict[str, Any]:
         stream = FeatureStream(bridge, plan.requests(0))
         rows = {"full": 30, "quick": 4}[size]
 
+        progress("hand-over")
         # Hand-over: nothing else is under way, so the trainer waits for each slot.
         hand_over, dlpack = [], []
         for _ in range(rows):
@@ -209,6 +212,8 @@ def main(root: Path, size: str, python: str) -> dict[str, Any]:
         result["of_it_dlpack_ms"] = quantiles(dlpack)
         result["pointers_equal"] = True
 
+        progress("capture alone")
+
         # Capture alone: the bridge is always asked for the next rows.
         def capture(count: int) -> float:
             start = time.monotonic()
@@ -220,6 +225,7 @@ def main(root: Path, size: str, python: str) -> dict[str, Any]:
         result["capture_s"] = capture(rows)
         result["capture_tokens_per_s"] = config.data.row_tokens * plan.schedule.fill / result["capture_s"]
 
+        progress("the step alone")
         # The step alone, on one row's copy, as many times.
         slot = next(stream)
         batch = jax.tree.map(jnp.array, slot.batch)  # copies
@@ -237,6 +243,8 @@ def main(root: Path, size: str, python: str) -> dict[str, Any]:
 
         steps(2)
         result["step_s"] = steps(rows)
+
+        progress("together")
 
         # Together, as `jaxdraft.train` does it: a slot goes back when its step is done, a step late.
         def together(count: int) -> float:
@@ -259,6 +267,10 @@ def main(root: Path, size: str, python: str) -> dict[str, Any]:
         jax.block_until_ready(state)
     result["copies_of_a_fill"] = copies(root / "fill_trace.json")
     return result
+
+
+def progress(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 def one_slot(bridge: Any, plan: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -48,7 +49,8 @@ class Prepared:
     length: int  # tokens that the row plan gives it
     sample: Sample | None = None  # None: not even its tokens could be read
     request: Request | None = None  # None: masked out
-    skip: Skip | None = None
+    skip: Skip | None = None  # why
+    where: str = ""  # file and line, or folder and row
 
 
 class Worker:
@@ -152,7 +154,7 @@ class Worker:
         """Read a sample and its pictures; on the background thread."""
         index = self.indexes[split]
         entry = index.entries[position]
-        left = Prepared(position, entry.sample_id, entry.length)
+        left = Prepared(position, entry.sample_id, entry.length, where=index.source.where(entry.row))
         try:
             sample = index.sample(position)
             left = replace(left, sample=sample)
@@ -165,10 +167,13 @@ class Worker:
             check_request(request, self.target.config, self.target.max_tokens)
             return replace(left, request=request)
         except (MediaError, ValueError, OSError) as error:
-            return replace(left, skip=Skip(where=index.source.where(entry.row), reason=str(error)))
+            return replace(left, skip=Skip(where=left.where, reason=str(error)))
 
     def _fill_row(self, row: Row, samples: Sequence[Prepared], out: dict[str, Tensor]) -> FilledRow:
-        """One row: the template's tokens, segments, mask and features; zeros where there is nothing."""
+        """One row: the template's tokens, segments, mask and features; zeros where there is nothing.
+
+        A sample whose pictures or features are bad is masked out: its tokens stay, nothing is repacked.
+        """
         num_tokens = sum(sample.length for sample in samples)
         if num_tokens > self._layout.row_tokens:
             raise ValueError(
@@ -177,54 +182,74 @@ class Worker:
         for name in ("tokens", "loss_mask", "features"):
             out[name].zero_()
         out["segment_start"].fill_(num_tokens)  # the tail is a segment of its own
+        starts = dict(zip(map(id, samples), accumulate((s.length for s in samples), initial=0), strict=False))
+        for sample in samples:
+            span = slice(starts[id(sample)], starts[id(sample)] + sample.length)
+            out["segment_start"][span] = span.start
+            if sample.sample is not None:
+                out["tokens"][span] = torch.from_numpy(sample.sample.tokens)
 
         used = [sample for sample in samples if sample.request is not None]
-        features = iter(extend_checked(self.target, used))
-        start = 0
-        for sample in samples:
-            end = start + sample.length
-            out["segment_start"][start:end] = start
-            if sample.sample is not None:
-                out["tokens"][start:end] = torch.from_numpy(sample.sample.tokens)
-            if sample.request is not None:
-                assert sample.sample is not None
-                out["loss_mask"][start:end] = torch.from_numpy(sample.sample.loss_mask)
-                out["features"][start:end] = next(features)
-            start = end
+        layers, faults = extend_checked(self.target, used)
+        out_layers = out["features"].unflatten(-1, (len(self.target.layer_ids), -1)).unbind(1)
+        good, skipped = [], [sample.skip for sample in samples if sample.skip is not None]
+        runs: list[tuple[int, int, int]] = []  # (first token in the row, in the extend, tokens) of good neighbours
+        taken = 0
+        for sample, fault in zip(used, faults, strict=True):
+            start = starts[id(sample)]
+            if fault is not None:
+                skipped.append(Skip(where=sample.where, reason=f"sample {sample.sample_id}: {fault}"))
+            else:
+                good.append(sample)
+                out["loss_mask"][start : start + sample.length] = torch.from_numpy(sample.sample.loss_mask)
+                if runs and start - runs[-1][0] == taken - runs[-1][1] == runs[-1][2]:
+                    runs[-1] = (*runs[-1][:2], runs[-1][2] + sample.length)
+                else:
+                    runs.append((start, taken, sample.length))
+            taken += sample.length
+        for start, first, length in runs:
+            for out_layer, layer in zip(out_layers, layers, strict=True):
+                out_layer[start : start + length] = layer[first : first + length]
         return FilledRow(
             row_id=row.row_id,
             num_tokens=num_tokens,
-            samples=tuple(sample.position for sample in used),
-            skipped=tuple(sample.skip for sample in samples if sample.skip is not None),
+            samples=tuple(sample.position for sample in good),
+            skipped=tuple(skipped),
         )
 
 
-def extend_checked(target: Target, samples: Sequence[Prepared]) -> list[Float[Tensor, "T_sample W"]]:
-    """Features of each sample, from one extend over all of them.
+def extend_checked(
+    target: Target, samples: Sequence[Prepared]
+) -> tuple[tuple[Float[Tensor, "T H"], ...], list[str | None]]:
+    """States of each captured layer from one extend over all samples, and what is wrong with each sample's.
+
+    A sample's states are wrong if they are not finite, or all zero for a token of a layer.
 
     Raises:
-      ValueError: features of the wrong shape, not finite, or zero for a token in a layer; names the samples.
+      ValueError: states of the wrong shape, or wrong for every one of several samples: the target is to blame.
     """
     if not samples:
-        return []
+        return (), []
     lengths = [sample.length for sample in samples]
-    features = target.extend([sample.request for sample in samples if sample.request is not None]).features
-    num_layers, hidden_size = len(target.layer_ids), target.info.hidden_size
-    if tuple(features.shape) != (sum(lengths), num_layers * hidden_size):
+    output = target.extend([sample.request for sample in samples if sample.request is not None])
+    layers, hidden_size = output.layers(len(target.layer_ids)), target.info.hidden_size
+    shapes, expected = [tuple(layer.shape) for layer in layers], (sum(lengths), hidden_size)
+    if shapes != [expected] * len(target.layer_ids):
         raise ValueError(
-            f"samples {_names(samples)}: features of shape {tuple(features.shape)} where "
-            f"{(sum(lengths), num_layers * hidden_size)} was expected from {target.info.backend}"
+            f"samples {_names(samples)}: layers of shape {shapes} where {len(target.layer_ids)} x {expected} were "
+            f"expected from {target.info.backend}"
         )
-    peak_tk = torch.linalg.vector_norm(features.unflatten(-1, (num_layers, hidden_size)), torch.inf, dim=-1)
-    for wrong_tk, what in ((~torch.isfinite(peak_tk), "NaN or infinite"), (peak_tk == 0, "all zero")):
-        if wrong_tk.any():
-            bad = [s for s, wrong in zip(samples, wrong_tk.split(lengths), strict=True) if wrong.any()]
-            layers = [l for l, wrong in zip(target.layer_ids, wrong_tk.unbind(1), strict=True) if wrong.any()]
-            raise ValueError(
-                f"samples {_names(bad)}: {what} features of layers {layers} from {target.info.backend}; "
-                f"nothing of this row was used"
-            )
-    return list(features.split(lengths))
+    peak_tk = torch.stack([torch.linalg.vector_norm(layer, torch.inf, dim=-1) for layer in layers], dim=1)
+    if bool((torch.isfinite(peak_tk) & (peak_tk > 0)).all()):  # the one number that goes to the host
+        return layers, [None] * len(samples)
+    faults: list[str | None] = []
+    for peak in peak_tk.cpu().split(lengths):
+        wrong, what = (~peak.isfinite(), "NaN or infinite") if not peak.isfinite().all() else (peak == 0, "all zero")
+        at = [l for l, column in zip(target.layer_ids, wrong.unbind(1), strict=True) if column.any()]
+        faults.append(f"{what} features of layers {at} from {target.info.backend}" if at else None)
+    if len(samples) > 1 and all(fault is not None for fault in faults):
+        raise ValueError(f"samples {_names(samples)}: {faults[0]}; no sample of this row can be used")
+    return layers, faults
 
 
 def _names(samples: Sequence[Prepared]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,13 @@ def limit_gpu_memory(fraction: float | None) -> None:
     if fraction is not None:
         os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the older name; JAX refuses both together
         os.environ["XLA_CLIENT_MEM_FRACTION"] = f"{fraction:g}"
+
+
+def claim_gpu_memory(devices: Iterable[jax.Device]) -> None:
+    """Lets JAX take its share now, as it does with the first array: the bridge then sees what is really free."""
+    for device in devices:
+        if device.platform != "cpu":
+            jax.device_put(0.0, device).block_until_ready()
 
 
 def jax_memory_limit(device: jax.Device) -> int | None:

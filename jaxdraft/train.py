@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
-from jaxdraft import report
+from jaxdraft import report, runtime
 from jaxdraft.checkpoint import Checkpoints, abstract_like, check_resume
 from jaxdraft.cli import parse_args, run_command
 from jaxdraft.config import Config
@@ -31,7 +31,7 @@ from jaxdraft.eval_result import EvalResult
 from jaxdraft.evaluate import evaluate_batches
 from jaxdraft.features import BridgeError, FeatureStream, devices_by_row, memory_use, open_bridge
 from jaxdraft.finish import finish
-from jaxdraft.gpu_memory import check_trainer_fits, limit_gpu_memory, print_memory
+from jaxdraft.gpu_memory import check_trainer_fits, claim_gpu_memory, limit_gpu_memory, print_memory
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import from_tensors
 from jaxdraft.objective import Frozen
@@ -43,6 +43,7 @@ from jaxdraft.train_step import StepConfig, TrainState, init_state, make_eval_st
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    runtime.configure()
     train(parse_args(sys.argv[1:] if argv is None else argv), Console())
 
 
@@ -66,6 +67,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
         Checkpoints(run_dir, keep=config.keep_checkpoints) as checkpoints,
         contextlib.ExitStack() as stack,
     ):
+        claim_gpu_memory(mesh.local_devices)
         # One bridge for each of this host's devices, its ring of slots in that device's memory.
         bridges = [
             stack.enter_context(

@@ -45,10 +45,19 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Extended:
-    """Features of the requests' tokens, in the requests' order, layers concatenated in id order."""
+    """Captured states of the requests' tokens, in the requests' order; layers in id order."""
 
-    features: Float[Tensor, "T K*H"]
+    captured: Float[Tensor, "T K*H"] | tuple[Float[Tensor, "T H"], ...]  # as the target has them: one copy is saved
     hidden: Float[Tensor, "T H"] | None  # after the final norm; only when asked for
+
+    @property
+    def features(self) -> Float[Tensor, "T K*H"]:
+        """Layers concatenated."""
+        return self.captured if isinstance(self.captured, Tensor) else torch.cat(self.captured, dim=-1)
+
+    def layers(self, count: int) -> tuple[Float[Tensor, "T H"], ...]:
+        """Each of the `count` layers by itself."""
+        return self.captured if isinstance(self.captured, tuple) else self.captured.chunk(count, dim=-1)
 
 
 class Target(Protocol):

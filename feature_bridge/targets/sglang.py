@@ -91,6 +91,8 @@ class SGLangTarget:
     def extend(self, requests: Sequence[Request], *, last_hidden: bool = False) -> Extended:
         """See `base.Target.extend`. More requests or tokens than the pools hold take several extends."""
         outputs = [self._extend(group, last_hidden) for group in _groups(requests, self.max_tokens)]
+        if len(outputs) == 1:
+            return outputs[0]
         hidden = join([output.hidden for output in outputs if output.hidden is not None]) if last_hidden else None
         return Extended(join([output.features for output in outputs]), hidden)
 
@@ -112,8 +114,8 @@ class SGLangTarget:
             self._seen.clear()
             self._runner.req_to_token_pool.clear()
             self._runner.token_to_kv_pool_allocator.clear()
-        features = captured if isinstance(captured, Tensor) else torch.cat(list(captured), dim=-1)
-        return Extended(features, hidden.clone() if last_hidden else None)
+        captured = captured if isinstance(captured, Tensor) else tuple(captured)
+        return Extended(captured, hidden.clone() if last_hidden else None)
 
     def _keep_states(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The logits processor is given the states of all tokens: captured ones, and the last after its norm."""

@@ -100,6 +100,19 @@ class Broken:
         return Extended(self._change(self._target.extend(requests).features.clone()), None)
 
 
+class Alternating:
+    """The next target of `targets` at every extend; everything else is `target`'s."""
+
+    def __init__(self, targets, target):
+        self._targets, self._target = targets, target
+
+    def __getattr__(self, name):
+        return getattr(self._target, name)
+
+    def extend(self, requests, **options):
+        return next(self._targets).extend(requests, **options)
+
+
 def test_ready_says_what_the_trainer_needs(worker):
     ready = worker.ready
     assert ready.feature_width == len(LAYER_IDS) * ready.target.hidden_size
@@ -201,17 +214,58 @@ def set_token(token: int, layer: int, value: float):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "bad", "reason"),
     [
-        (set_token(-1, 1, torch.nan), r"samples sample-1: NaN or infinite features of layers \[2\]"),
-        (set_token(0, 2, torch.inf), r"samples sample-0: NaN or infinite features of layers \[5\]"),
-        (set_token(-1, 0, 0.0), r"samples sample-1: all zero features of layers \[0\]"),
-        (torch.zeros_like, r"samples sample-0, sample-1: all zero features of layers \[0, 2, 5\]"),
-        (lambda features: features[:-1], "samples sample-0, sample-1: features of shape"),
-        (lambda features: features[:, 1:], "samples sample-0, sample-1: features of shape"),
+        (set_token(-1, 1, torch.nan), 2, "sample-3: NaN or infinite features of layers [2]"),
+        (set_token(0, 2, torch.inf), 0, "sample-0: NaN or infinite features of layers [5]"),
+        (set_token(60, 0, 0.0), 1, "sample-1: all zero features of layers [0]"),
+        (set_token(60, 0, torch.nan), 1, "sample-1: NaN or infinite features of layers [0]"),
     ],
 )
-def test_features_that_cannot_be_true_name_their_samples(change, message, worker, monkeypatch):
+def test_bad_features_of_one_sample_do_not_lose_the_row(change, bad, reason, worker, monkeypatch):
+    row = (0, 1, 3)
+    before, clean = fill(worker, row, (2,))
+    lengths = [len(worker.indexes["train"].sample(i).tokens) for i in row]
+    assert lengths[0] <= 60 < lengths[0] + lengths[1]
+    rows = iter([Broken(worker.target, change), worker.target])  # the first row's extend only
+    monkeypatch.setattr(worker, "target", Alternating(rows, worker.target))
+    filled, slot = fill(worker, row, (2,))
+    assert filled[0].samples == tuple(i for n, i in enumerate(row) if n != bad)
+    (skip,) = filled[0].skipped
+    assert skip.where == f"train.jsonl:{row[bad] + 1}"
+    assert reason in skip.reason
+    assert filled[1] == before[1]
+    assert filled[0].num_tokens == before[0].num_tokens
+    masked = slice(sum(lengths[:bad]), sum(lengths[: bad + 1]))
+    keep = torch.ones(ROW_TOKENS, dtype=torch.bool)
+    keep[masked] = False
+    for name in slot:
+        assert torch.equal(slot[name][0, keep], clean[name][0, keep])
+        assert torch.equal(slot[name][1], clean[name][1])
+    assert not slot["features"][0, masked].any()
+    assert not slot["loss_mask"][0, masked].any()
+    assert torch.equal(slot["tokens"], clean["tokens"])
+
+
+def test_a_bad_sample_alone_in_its_row(worker, monkeypatch):
+    monkeypatch.setattr(worker, "target", Broken(worker.target, torch.zeros_like))
+    filled, slot = fill(worker, (0,), ())
+    assert filled[0].samples == ()
+    assert "all zero features of layers [0, 2, 5]" in filled[0].skipped[0].reason
+    assert not slot["loss_mask"].any()
+    assert not slot["features"].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (torch.zeros_like, r"samples sample-0, sample-1: all zero features of layers \[0, 2, 5\]"),
+        (lambda features: features[:-1], "samples sample-0, sample-1: layers of shape"),
+        (lambda features: features[:, 1:], "samples sample-0, sample-1: layers of shape"),
+        (lambda features: features.chunk(3, dim=-1)[0], "samples sample-0, sample-1: layers of shape"),
+    ],
+)
+def test_a_target_that_is_wrong_for_everybody(change, message, worker, monkeypatch):
     monkeypatch.setattr(worker, "target", Broken(worker.target, change))
     with pytest.raises(ValueError, match=message):
         fill(worker, (0, 1), ())

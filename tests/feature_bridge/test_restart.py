@@ -1,0 +1,145 @@
+"""A bridge that dies or hangs in the middle: the same slots come from the next one."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from fake_worker import CRASH, SLEEP, field_bytes, make_spec
+
+from feature_bridge.client import BridgeError, connect
+from feature_bridge.contracts import Row, SlotLayout
+from feature_bridge.restart import RestartingClient
+
+SPEC = make_spec(rows=1, row_tokens=19, num_slots=3)
+LAYOUT = SlotLayout(1, 19, 6, "bfloat16")
+ENV = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+
+
+def rows(number: int, *samples: int) -> list[Row]:
+    return [Row(row_id=number, samples=samples or (number,))]
+
+
+def contents(client, filled) -> dict[str, bytes]:
+    return {
+        name: torch.from_dlpack(producer).view(torch.uint8).numpy().tobytes()
+        for name, producer in client.slot(filled).items()
+    }
+
+
+def expected(request: list[Row]) -> dict[str, bytes]:
+    return {field.name: field_bytes(field, tuple(request)) for field in LAYOUT.fields}
+
+
+@pytest.fixture
+def restarting(tmp_path):
+    """(start(restarts, request_timeout_s) -> client, what it said)."""
+    said, clients = [], []
+
+    def start(restarts=2, request_timeout_s=60.0):
+        bridge = functools.partial(
+            connect, SPEC, log_path=tmp_path / "log", worker="fake_worker:FakeWorker", env=ENV,
+            request_timeout_s=request_timeout_s,
+        )  # fmt: skip
+        clients.append(RestartingClient(bridge, restarts, said.append))
+        return clients[-1]
+
+    yield start, said
+    for client in clients:
+        client.close()
+
+
+def test_what_was_under_way_is_asked_for_again(restarting):
+    start, said = restarting
+    client = start()
+    for number in range(3):
+        client.fill("train", rows(number))
+    held = client.next_filled()
+    first = client.pid
+    os.kill(first, signal.SIGKILL)
+    for number in (1, 2):
+        filled = client.next_filled()
+        assert contents(client, filled) == expected(rows(number))
+        client.release(filled.slot, filled.generation)
+    assert client.pid != first
+    assert len(said) == 1
+    assert "SIGKILL" in said[0]
+    assert "starting it again (1 restarts left)" in said[0]
+
+    # A slot of the dead bridge stays readable until its release, which frees nothing of the new one's.
+    assert contents(client, held) == expected(rows(0))
+    for number in (3, 4, 5):
+        client.fill("train", rows(number))
+    filled = [client.next_filled() for _ in range(3)]
+    client.release(held.slot, held.generation)
+    for number, one in zip((3, 4, 5), filled, strict=True):
+        assert contents(client, one) == expected(rows(number))
+
+
+def test_a_death_that_a_request_or_a_release_notices(restarting):
+    start, said = restarting
+    client = start()
+    client.fill("train", rows(0))
+    filled = client.next_filled()
+    os.kill(client.pid, signal.SIGKILL)
+    client._client._process.wait_for_exit(10)
+    client.release(filled.slot, filled.generation)
+    client.fill("train", rows(1))
+    filled = client.next_filled()
+    os.kill(client.pid, signal.SIGKILL)
+    client._client._process.wait_for_exit(10)
+    client.fill("train", rows(2))
+    assert contents(client, client.next_filled()) == expected(rows(2))
+    assert len(said) == 2
+
+
+def test_a_stopped_bridge_is_hung(restarting):
+    start, said = restarting
+    client = start(request_timeout_s=1.0)
+    os.kill(client.pid, signal.SIGSTOP)
+    client.fill("train", rows(0))
+    assert contents(client, client.next_filled(timeout=1.0)) == expected(rows(0))
+    assert "did not answer" in said[0]
+
+
+def test_restarts_run_out(restarting):
+    start, said = restarting
+    client = start(restarts=1)
+    client.fill("train", rows(0, CRASH))
+    with pytest.raises(BridgeError, match="ended with exit code 7") as caught:
+        client.next_filled()
+    assert caught.value.kind == "died"
+    assert len(said) == 1
+
+
+def test_a_request_that_hangs_every_bridge(restarting):
+    start, _said = restarting
+    client = start(restarts=1, request_timeout_s=1.0)
+    client.fill("train", rows(0, SLEEP))
+    with pytest.raises(BridgeError, match="did not answer") as caught:
+        client.next_filled()
+    assert caught.value.kind == "timeout"
+
+
+def test_a_failed_request_needs_no_restart(restarting):
+    start, said = restarting
+    client = start()
+    client.fill("eval", rows(0))
+    client.fill("train", rows(1))
+    with pytest.raises(BridgeError, match="nothing held out"):
+        client.next_filled()
+    assert contents(client, client.next_filled()) == expected(rows(1))
+    assert said == []
+
+
+def test_decoding_goes_on_with_the_next_bridge(restarting):
+    start, said = restarting
+    client = start()
+    os.kill(client.pid, signal.SIGKILL)
+    decoded = client.decode("draft", (3, 5), 7)
+    assert [one.sample for one in decoded.samples] == [3, 5]
+    assert len(said) == 1
