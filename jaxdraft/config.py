@@ -40,8 +40,8 @@ class TargetConfig:
 class DataConfig:
     """Conversations and how they become packed rows."""
 
-    train_path: str
-    """JSONL file or `datasets.save_to_disk` folder with the training conversations."""
+    train_path: str | None
+    """JSONL file or `datasets.save_to_disk` folder with the training conversations; None: evaluation only."""
     eval_path: str | None = None
     """Held-out conversations; None: a share of the training data, see eval_fraction."""
     eval_fraction: float = 0.01

@@ -93,6 +93,12 @@ def host_rows(slot: Slot) -> HostRows:
     return HostRows(tokens, start, (mask > 0) & in_use)
 
 
+@jax.jit
+def as_served(params: Params) -> Params:
+    """Parameters as an exported draft has them, rounded to bfloat16: evaluation measures what will be decoded with."""
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), params)
+
+
 def candidates(rows: HostRows) -> Bool[np.ndarray, "R S"]:
     """Where decoding could have an anchor: a supervised token whose successor is one of the same answer."""
     follows = np.zeros_like(rows.supervised)

@@ -95,7 +95,10 @@ class Plan:
 
 
 def make_plan(
-    config: Config, lengths: Int[np.ndarray, " samples"], eval_lengths: Int[np.ndarray, " held_out"], num_devices: int = 1
+    config: Config,
+    lengths: Int[np.ndarray, " samples"],
+    eval_lengths: Int[np.ndarray, " held_out"],
+    num_devices: int = 1,
 ) -> Plan:
     """The plan of a run from the lengths of its samples, in tokens. A slot of every device makes a micro-batch."""
     rows = config.rows_per_device * num_devices

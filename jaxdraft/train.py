@@ -27,8 +27,8 @@ from jaxdraft.checkpoint import Checkpoints, abstract_like, check_resume
 from jaxdraft.cli import parse_args, run_command
 from jaxdraft.config import Config
 from jaxdraft.convert import load_draft
-from jaxdraft.eval_result import EvalResult
-from jaxdraft.evaluate import evaluate_batches
+from jaxdraft.eval_result import EvalResult, finite
+from jaxdraft.evaluate import as_served, evaluate_batches
 from jaxdraft.features import BridgeError, FeatureStream, devices_by_row, memory_use, open_bridge
 from jaxdraft.finish import finish
 from jaxdraft.gpu_memory import check_trainer_fits, claim_gpu_memory, limit_gpu_memory, print_memory
@@ -54,6 +54,8 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
       ValueError: what a user can repair, in one sentence.
     """
     started = time.perf_counter()
+    if config.data.train_path is None:
+        raise ValueError("data.train_path is missing; give a JSONL file or a folder with the training conversations")
     limit_gpu_memory(config.trainer.memory_fraction)
 
     # What is trained: shapes from the target's config, start weights from the seed or a draft.
@@ -123,19 +125,19 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
                     log.push(step, metrics, slot)  # writes the step before this one, and releases its slot
                 if evaluate := plan.evaluates_after(step):
                     log.settle()
-                    result = evaluate_batches(
-                        eval_step, state.params, stream, len(plan.eval_requests), draft.block_size
-                    )
+                    served = as_served(state.params)
+                    result = evaluate_batches(eval_step, served, stream, len(plan.eval_requests), draft.block_size)
                     log.write(step, "eval", result.metrics())
                 if evaluate or plan.saves_after(step) or stop.received:
-                    checkpoints.save(step, state, meta, tau=result.tau if evaluate else None)
+                    checkpoints.save(step, state, meta, tau=finite(result.tau) if evaluate else None)
                 if stop.received:
                     console.print(f"{stop.received}: saved step {step}; the same command goes on from there")
                     return None
 
         if result is None and plan.eval_rows:  # the run was complete already
             again = FeatureStream(bridges, plan.eval_requests, row_sharding(mesh))
-            result = evaluate_batches(eval_step, state.params, again, len(plan.eval_requests), draft.block_size)
+            served = as_served(state.params)
+            result = evaluate_batches(eval_step, served, again, len(plan.eval_requests), draft.block_size)
         return finish(config, console, run_dir, target, draft, bridge, checkpoints, result, log, started)
 
 
