@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdraft.model.layers import BlockGeometry, DecoderLayer, norm_scale, parameter, rms_norm, rope_table
+from jaxdraft.model.layers import BlockGeometry, DecoderLayer, norm_scale, parameter, project, rms_norm, rope_table
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -173,9 +173,7 @@ class DFlashDraft(nnx.Module):
         self.hidden_norm = norm_scale(h, param_dtype)
         self.layers = nnx.List(
             [
-                DecoderLayer(
-                    config, sliding=kind == "sliding_attention", rngs=rngs, dtype=dtype, param_dtype=param_dtype
-                )
+                DecoderLayer(config, sliding=kind == "sliding_attention", rngs=rngs, param_dtype=param_dtype)
                 for kind in config.layer_types
             ]
         )
@@ -183,7 +181,7 @@ class DFlashDraft(nnx.Module):
 
     def context(self, features: Float[Array, "r s kh"]) -> Float[Array, "r s h"]:
         """c = hidden_norm(fc(features)), in the compute dtype; every layer's keys and values project it."""
-        c_rsh = features.astype(self.dtype) @ self.fc[...].astype(self.dtype)
+        c_rsh = project("rsf,fh->rsh", features.astype(self.dtype), self.fc[...])
         return rms_norm(c_rsh, self.hidden_norm[...], self.config.rms_norm_eps)
 
     def __call__(

@@ -8,6 +8,7 @@ maps those names to mesh axes. Parameters are float32 masters; every use casts t
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,31 @@ def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ..
 def norm_scale(dim: int, dtype) -> nnx.Param:
     """An RMSNorm weight, all ones, replicated."""
     return nnx.Param(jnp.ones((dim,), dtype), axes=(None,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(subscripts: str, x: Float[Array, "*x"], weight: Float[Array, "*w"]) -> Float[Array, "*out"]:
+    """einsum(subscripts, x, weight) in x's dtype; the weight's gradient leaves the product in the weight's own dtype.
+
+    A float32 master so gets a float32 gradient, not one that was rounded to bfloat16 and then widened.
+    """
+    return jnp.einsum(subscripts, x, weight.astype(x.dtype))
+
+
+def _project_forward(subscripts, x, weight):
+    narrow = weight.astype(x.dtype)
+    return jnp.einsum(subscripts, x, narrow), (x, narrow, jnp.zeros((), weight.dtype))
+
+
+def _project_backward(subscripts, residuals, d_out):
+    x, narrow, like_weight = residuals
+    inputs, out = subscripts.split("->")
+    a, b = inputs.split(",")
+    d_x = jnp.einsum(f"{out},{b}->{a}", d_out, narrow)
+    return d_x, jnp.einsum(f"{a},{out}->{b}", x, d_out, preferred_element_type=like_weight.dtype)
+
+
+project.defvjp(_project_forward, _project_backward)
 
 
 def rms_norm(x: Float[Array, "*batch h"], weight: Float[Array, " h"], eps: float) -> Float[Array, "*batch h"]:
@@ -81,7 +107,7 @@ class Attention(nnx.Module):
     The context enters K and V without `input_layernorm`; q_norm and k_norm act per head before the rotation.
     """
 
-    def __init__(self, config, *, sliding: bool, rngs: nnx.Rngs, dtype, param_dtype):
+    def __init__(self, config, *, sliding: bool, rngs: nnx.Rngs, param_dtype):
         h, q, k, d = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         std = config.initializer_range
         self.q_proj = parameter(rngs, (h, q, d), ("embed", "heads", None), std, param_dtype)
@@ -90,7 +116,7 @@ class Attention(nnx.Module):
         self.o_proj = parameter(rngs, (q, d, h), ("heads", None, "embed"), std, param_dtype)
         self.q_norm = norm_scale(d, param_dtype)
         self.k_norm = norm_scale(d, param_dtype)
-        self.eps, self.dtype, self.sliding = config.rms_norm_eps, dtype, sliding
+        self.eps, self.sliding = config.rms_norm_eps, sliding
         self.causal = sliding if config.is_causal is None else config.is_causal
 
     def __call__(
@@ -100,10 +126,9 @@ class Attention(nnx.Module):
         geometry: BlockGeometry,
         implementation: str,
     ) -> Float[Array, "r n b h"]:
-        wq, wk, wv, wo = (w[...].astype(self.dtype) for w in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
-        q_rnbqd = jnp.einsum("rnbh,hqd->rnbqd", x_rnbh, wq)
-        k_rnbkd, v_rnbkd = (jnp.einsum("rnbh,hkd->rnbkd", x_rnbh, w) for w in (wk, wv))
-        k_rskd, v_rskd = (jnp.einsum("rsh,hkd->rskd", c_rsh, w) for w in (wk, wv))
+        q_rnbqd = project("rnbh,hqd->rnbqd", x_rnbh, self.q_proj[...])
+        k_rnbkd, v_rnbkd = (project("rnbh,hkd->rnbkd", x_rnbh, w[...]) for w in (self.k_proj, self.v_proj))
+        k_rskd, v_rskd = (project("rsh,hkd->rskd", c_rsh, w[...]) for w in (self.k_proj, self.v_proj))
 
         q_rnbqd = apply_rope(rms_norm(q_rnbqd, self.q_norm[...], self.eps), geometry.block_rope)
         k_rnbkd = apply_rope(rms_norm(k_rnbkd, self.k_norm[...], self.eps), geometry.block_rope)
@@ -122,30 +147,29 @@ class Attention(nnx.Module):
             scale=q_rnbqd.shape[-1] ** -0.5,
             implementation=implementation,
         )
-        return jnp.einsum("rnbqd,qdh->rnbh", out_rnbqd, wo)
+        return project("rnbqd,qdh->rnbh", out_rnbqd, self.o_proj[...])
 
 
 class Mlp(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config, *, rngs: nnx.Rngs, dtype, param_dtype):
+    def __init__(self, config, *, rngs: nnx.Rngs, param_dtype):
         h, m, std = config.hidden_size, config.intermediate_size, config.initializer_range
         self.gate_proj = parameter(rngs, (h, m), ("embed", "mlp"), std, param_dtype)
         self.up_proj = parameter(rngs, (h, m), ("embed", "mlp"), std, param_dtype)
         self.down_proj = parameter(rngs, (m, h), ("mlp", "embed"), std, param_dtype)
-        self.dtype = dtype
 
-    def __call__(self, x: Float[Array, "*batch h"]) -> Float[Array, "*batch h"]:
-        gate, up, down = (w[...].astype(self.dtype) for w in (self.gate_proj, self.up_proj, self.down_proj))
-        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+    def __call__(self, x_rnbh: Float[Array, "r n b h"]) -> Float[Array, "r n b h"]:
+        gate, up = (project("rnbh,hm->rnbm", x_rnbh, w[...]) for w in (self.gate_proj, self.up_proj))
+        return project("rnbm,mh->rnbh", jax.nn.silu(gate) * up, self.down_proj[...])
 
 
 class DecoderLayer(nnx.Module):
     """Pre-norm decoder layer of the draft; only the block stream is normalised and updated."""
 
-    def __init__(self, config, *, sliding: bool, rngs: nnx.Rngs, dtype, param_dtype):
-        self.self_attn = Attention(config, sliding=sliding, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.mlp = Mlp(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+    def __init__(self, config, *, sliding: bool, rngs: nnx.Rngs, param_dtype):
+        self.self_attn = Attention(config, sliding=sliding, rngs=rngs, param_dtype=param_dtype)
+        self.mlp = Mlp(config, rngs=rngs, param_dtype=param_dtype)
         self.input_layernorm = norm_scale(config.hidden_size, param_dtype)
         self.post_attention_layernorm = norm_scale(config.hidden_size, param_dtype)
         self.eps = config.rms_norm_eps

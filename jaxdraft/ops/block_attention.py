@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxdraft.ops.hopper import on_one_hopper
+
 EMPTY = -1e30  # log-sum-exp of no key at all; finite, so that merging two empty parts gives 0 and not NaN
 
 _einsum_32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -91,11 +93,8 @@ def block_attention(
 
 def attention_choice(dtype, head_dim: int) -> str:
     """What "auto" stands for: "mosaic" (kernels) on a single Hopper GPU in 16-bit precision, "xla" everywhere else."""
-    if jax.default_backend() != "gpu" or jax.device_count() > 1:  # the kernels are not partitioned over a mesh
-        return "xla"
-    hopper = jax.devices()[0].compute_capability == "9.0"
     fits = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and head_dim in (64, 128)
-    return "mosaic" if hopper and fits else "xla"
+    return "mosaic" if fits and on_one_hopper() else "xla"
 
 
 def reference(q, k_context, v_context, k_block, v_block, start, end, valid, *, causal: bool, scale: float):

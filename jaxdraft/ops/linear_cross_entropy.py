@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-_LOGIT_BYTES = 512 * 2**20  # float32 logits of one chunk
+from jaxdraft.ops.hopper import on_one_hopper
+
+_LOGIT_BYTES = 2**30  # logits of one chunk
 
 
 def linear_cross_entropy(
@@ -26,6 +28,7 @@ def linear_cross_entropy(
     multiplier: float | None = None,
     softcap: float | None = None,
     chunk_tokens: int | None = None,
+    logits_dtype: str | None = None,
 ) -> tuple[Float[Array, "r t"], Int[Array, "r t"]]:
     """Negative log-likelihood of each label and the most likely token.
 
@@ -35,16 +38,20 @@ def linear_cross_entropy(
       labels: token ids below v.
       multiplier, softcap: logits become softcap·tanh(multiplier·logits / softcap); None leaves either out.
       chunk_tokens: tokens a row of one chunk; None chooses by memory.
+      logits_dtype: storage of the logits between passes; None: that of `hidden`. The label's own logit is always
+        float32, so that in bfloat16 the nll and the gradient of a confident label keep float32's resolution.
 
     Returns:
-      (nll float32, predicted int32). Logits, log-sum-exp and nll are float32. Differentiable in `hidden` only.
+      (nll float32, predicted int32). Products accumulate, and log-sum-exp and nll are computed, in float32.
+      Differentiable in `hidden` only.
     """
     t = hidden.shape[1]
+    dtype = jnp.dtype(logits_dtype or hidden.dtype)
     if chunk_tokens is None:
-        chunk_tokens = max(1, _LOGIT_BYTES // (4 * hidden.shape[0] * head.shape[0]))
+        chunk_tokens = max(1, _LOGIT_BYTES // (dtype.itemsize * hidden.shape[0] * head.shape[0]))
     # Equal chunks: the padding of the last one is wasted work.
     chunk_tokens = -(-t // -(-t // chunk_tokens))
-    return _chunked(hidden, head, labels, multiplier, softcap, chunk_tokens)
+    return _chunked(hidden, head, labels, multiplier, softcap, chunk_tokens, dtype)
 
 
 def reference(hidden, head, labels, *, multiplier: float | None = None, softcap: float | None = None):
@@ -61,18 +68,18 @@ def _transform(logits, multiplier, softcap):
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _chunked(hidden, head, labels, multiplier, softcap, chunk_tokens):
-    nll, predicted, _ = _scan(hidden, head, labels, multiplier, softcap, chunk_tokens, with_gradient=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _chunked(hidden, head, labels, multiplier, softcap, chunk_tokens, dtype):
+    nll, predicted, _ = _scan(hidden, head, labels, multiplier, softcap, chunk_tokens, dtype, with_gradient=False)
     return nll, predicted
 
 
-def _chunked_forward(hidden, head, labels, multiplier, softcap, chunk_tokens):
-    nll, predicted, gradient = _scan(hidden, head, labels, multiplier, softcap, chunk_tokens, with_gradient=True)
+def _chunked_forward(hidden, head, labels, multiplier, softcap, chunk_tokens, dtype):
+    nll, predicted, gradient = _scan(hidden, head, labels, multiplier, softcap, chunk_tokens, dtype, with_gradient=True)
     return (nll, predicted), gradient
 
 
-def _chunked_backward(multiplier, softcap, chunk_tokens, gradient, cotangents):
+def _chunked_backward(multiplier, softcap, chunk_tokens, dtype, gradient, cotangents):
     d_nll, _ = cotangents  # `predicted` is an integer
     return (d_nll[..., None] * gradient).astype(gradient.dtype), None, None
 
@@ -80,19 +87,38 @@ def _chunked_backward(multiplier, softcap, chunk_tokens, gradient, cotangents):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _scan(hidden, head, labels, multiplier, softcap, chunk_tokens, *, with_gradient: bool):
+def _statistics_kernel(raw, labels, label_logits):
+    from jaxdraft.ops import logit_statistics_mosaic  # needs a jaxlib with GPU support
+
+    flat = raw.reshape(-1, raw.shape[-1]), labels.reshape(-1), label_logits.reshape(-1)
+    return tuple(x.reshape(labels.shape) for x in logit_statistics_mosaic.lse_and_argmax(*flat))
+
+
+def _scan(hidden, head, labels, multiplier, softcap, chunk_tokens, dtype, *, with_gradient: bool):
     r, t, h = hidden.shape
     token_ids = jnp.arange(head.shape[0])
+    plain = multiplier is None and softcap is None
+    kernel = plain and head.shape[0] % 8 == 0 and head.shape[0] >= 4096 and on_one_hopper()
 
     def chunk(_, x):
         hidden_rch, labels_rc = x
-        raw = jnp.einsum("rch,vh->rcv", hidden_rch, head, preferred_element_type=jnp.float32)
-        logits = _transform(raw, multiplier, softcap)
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        # A comparison instead of a gather: it fuses, and works on a vocabulary split over devices.
+        raw = jnp.einsum("rch,vh->rcv", hidden_rch, head, preferred_element_type=dtype)
+        logits = _transform(raw.astype(jnp.float32), multiplier, softcap)
+        # Comparisons instead of gathers and argmax: they fuse, and work on a vocabulary split over devices.
         is_label = token_ids == labels_rc[..., None]
-        nll = lse - jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
-        predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        if dtype.itemsize < 4:
+            exact = jnp.einsum("rch,rch->rc", hidden_rch, head[labels_rc], preferred_element_type=jnp.float32)
+            label_logits = _transform(exact, multiplier, softcap)
+            logits = jnp.where(is_label, label_logits[..., None], logits)
+        else:
+            label_logits = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
+        if kernel:
+            lse, predicted = _statistics_kernel(raw, labels_rc, label_logits)
+        else:
+            peak = jnp.max(logits, axis=-1, keepdims=True)
+            lse = peak[..., 0] + jnp.log(jnp.sum(jnp.exp(logits - peak), axis=-1))
+            predicted = jnp.min(jnp.where(logits == peak, token_ids, head.shape[0]), axis=-1).astype(jnp.int32)
+        nll = lse - label_logits
         if not with_gradient:
             return None, (nll, predicted, None)
         d_logits = jnp.exp(logits - lse[..., None]) - is_label

@@ -1,0 +1,94 @@
+"""The Hopper kernels, interpreted on a CPU, against plain references: unsorted and empty intervals, padding, GQA."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_block_attention import random_inputs
+
+from jaxdraft.ops import block_attention
+from jaxdraft.ops.block_attention_tiles import key_lists, key_tiles, query_tiles
+
+interpreted = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of jax 0.10 lacks loads")
+
+
+def relative_error(a, b) -> float:
+    a, b = (np.asarray(x, np.float32) for x in (a, b))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@interpreted
+@pytest.mark.parametrize(("per_slot", "causal"), [(False, False), (True, True)])
+def test_attention(per_slot, causal):
+    from jaxdraft.ops.block_attention_mosaic import attend
+
+    # 2 query tiles of 128 (the second one mostly padding), 2 key tiles of context, heads that share keys.
+    arrays, intervals = random_inputs((1, 150, 17, 8, 2, 1, 64), 5, per_slot=per_slot, dtype=jnp.bfloat16)
+    start, end, valid = intervals
+    start = start if per_slot else jnp.broadcast_to(start[..., None], (*start.shape, 8))
+    end = jnp.where(valid, end, 0)
+    d_out = jnp.asarray(np.random.default_rng(6).normal(size=arrays[0].shape), jnp.bfloat16)
+
+    def run(function, arrays, d_out, **options):
+        out, backward = jax.vjp(
+            lambda *x: function(*x, start, end, valid, causal=causal, scale=0.125, **options), *arrays
+        )
+        return out, *backward(d_out)
+
+    ours = run(attend, arrays, d_out, interpret=True)
+    arrays, d_out = jax.tree.map(lambda x: x.astype(jnp.float32), (arrays, d_out))
+    for a, b in zip(ours, run(block_attention.reference, arrays, d_out), strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert relative_error(a, b) < 6e-3
+    invalid = ~np.asarray(valid)
+    assert np.all(np.asarray(ours[0])[invalid] == 0)
+    assert np.all(np.asarray(ours[1])[invalid] == 0)
+
+
+@pytest.mark.parametrize("keys", [64, 128])
+@pytest.mark.parametrize("seed", range(4))
+def test_tiles_cover_what_queries_see(seed, keys):
+    """No visible pair lies outside the visited tiles, and no tile without a mask holds an invisible pair."""
+    arrays, (start, end, valid) = random_inputs((2, 400, 40, 8, 1, 1, 2), seed, per_slot=True)
+    end = jnp.sort(end, axis=1) if seed % 2 else end
+    (q, k, _), intervals = key_lists(*arrays, jnp.minimum(start, end[..., None]), end, valid, causal=bool(seed // 2))
+    lo0, hi0, lo1, hi1 = (np.asarray(intervals)[:, i, :, None] for i in range(4))
+    key = np.arange(k.shape[1])
+    sees = ((key >= lo0) & (key < hi0)) | ((key >= lo1) & (key < hi1))
+
+    for row, tile in np.ndindex(2, q.shape[1] // 128):
+        first, count, block, block_count, whole, whole_end = np.asarray(query_tiles(intervals, keys))[row, tile]
+        visited = np.zeros(len(key), bool)
+        for a, b in ((first, count), (block, block_count)):
+            visited[a * keys : (a + b) * keys] = True
+        mine = sees[row, tile * 128 : (tile + 1) * 128]
+        assert not np.any(mine[:, ~visited])
+        unmasked = slice(max(whole, first) * keys, min(whole_end, first + count) * keys)
+        assert np.all(mine[:, unmasked])
+    for row, tile in np.ndindex(2, k.shape[1] // 128):
+        first, count, whole, whole_end = np.asarray(key_tiles(intervals, k.shape[1]))[row, tile]
+        mine = sees[row, :, tile * 128 : (tile + 1) * 128]
+        assert not np.any(mine[: first * 64])
+        assert not np.any(mine[(first + count) * 64 :])
+        assert np.all(mine[whole * 64 : whole_end * 64])
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("v", [4096, 9736])
+def test_logit_statistics(v, dtype):
+    from jaxdraft.ops.logit_statistics_mosaic import lse_and_argmax
+
+    rng = np.random.default_rng(v)
+    logits = jnp.asarray(5 * rng.normal(size=(4, v)), dtype)
+    labels, exact = jnp.asarray([0, 7, v - 1, v - 1]), jnp.asarray([30.0, 1.0, 31.0, -5.0])
+    lse, argmax = lse_and_argmax(logits, labels, exact, interpret=True)
+    expected = logits.astype(jnp.float32).at[jnp.arange(4), labels].set(exact)
+    np.testing.assert_allclose(lse, jax.nn.logsumexp(expected, axis=-1), rtol=1e-6)
+    np.testing.assert_array_equal(argmax, jnp.argmax(expected, axis=-1))
+
+
+def test_auto_is_plain_xla_without_a_hopper_gpu():
+    assert block_attention.attention_choice(jnp.bfloat16, 128) == "xla"
