@@ -10,6 +10,7 @@ from rich.table import Table
 
 from jaxdraft.config import Config
 from jaxdraft.model.dflash import DraftConfig
+from jaxdraft.ops.block_attention import attention_choice
 from jaxdraft.run import Plan
 
 
@@ -26,7 +27,8 @@ def print_start(console: Console, config: Config, draft: DraftConfig, ready: Any
         console.print(f"        stand-in on this CPU: {stand_in}", highlight=False, soft_wrap=True)
     console.print(
         f"draft   {draft.num_layers} layers, {draft.num_heads}/{draft.num_kv_heads} heads, block {draft.block_size}; "
-        f"reads the target's layers {list(draft.target_layer_ids)} ({target.capture}), mask {draft.mask_token_id}",
+        f"reads the target's layers {list(draft.target_layer_ids)} ({target.capture}), mask {draft.mask_token_id}; "
+        f"attention {attention_choice(config.compute_dtype, draft.head_dim)}",
         highlight=False,
         soft_wrap=True,
     )
