@@ -52,8 +52,10 @@ def call(out: Path, name: str, python: str, *args: str, limit_s: float = LIMIT_S
     return lines[-1] if lines else ""
 
 
-def parity(out: Path, python: str, quick: bool, workers: int) -> None:
-    cases = [(family, size) for size in (("tiny",) if quick else ("tiny", "full")) for family in FAMILIES]
+def parity(out: Path, args: argparse.Namespace) -> None:
+    python, workers = args.bridge_python, args.workers or (1 if args.quick else 6)
+    sizes = ("tiny",) if args.quick else ("tiny", "full")
+    cases = [(family, size) for size in sizes for family in args.families.split(",")]
 
     def reference(case: tuple[str, str]) -> None:
         call(out, f"reference-{'-'.join(case)}", python, "benchmarks.bridge_parity", "reference", *case, str(out))
@@ -63,7 +65,7 @@ def parity(out: Path, python: str, quick: bool, workers: int) -> None:
         name = f"capture-{family}-{size}-{dtype}"
         return call(out, name, python, "benchmarks.bridge_parity", "capture", family, size, str(out), dtype)
 
-    jobs = [(*case, dtype) for dtype in ("bfloat16", "float32") for case in cases]
+    jobs = [(*case, dtype) for dtype in args.dtypes.split(",") for case in cases]
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(reference, cases))
         lines = list(pool.map(capture, jobs))
@@ -79,8 +81,8 @@ def parity(out: Path, python: str, quick: bool, workers: int) -> None:
     print(flush=True)
 
 
-def row(out: Path, python: str, quick: bool, workers: int) -> None:
-    size = ("--quick",) if quick else ()
+def row(out: Path, args: argparse.Namespace) -> None:
+    python, size = args.bridge_python, ("--quick",) if args.quick else ()
     call(out, "row-write", python, "benchmarks.bridge_row", str(out / "row"), "--write", *size)
     line = call(out, "row", sys.executable, "benchmarks.bridge_row", str(out / "row"), python, *size)
     if line is None:
@@ -92,22 +94,29 @@ def row(out: Path, python: str, quick: bool, workers: int) -> None:
     print("```", flush=True)
 
 
-def run(out: Path, python: str, quick: bool, workers: int) -> None:
+def run(out: Path, args: argparse.Namespace) -> None:
     """200 steps of the embedded job; GPU memory in use sampled beside it."""
-    steps = 4 if quick else 200
-    args = ["jaxdraft.train", "--config", "tiny_qwen35vl.py", "--output-dir", str(out), "--name", "run"]
-    args += ["--max-steps", str(steps), "--epochs", "200", "--eval-interval", "100", "--save-interval", "100"]
-    args += ["--bridge.python", python, "--num-decode", "0"]
-    args += ["--data.cache-dir", str(out / "cache"), "--bridge.restarts", "1"]
-    if quick:
-        args += ["--target.backend", "huggingface"]
+    steps, python = 4 if args.quick else 200, args.bridge_python
+    command = ["jaxdraft.train", "--config", "tiny_qwen35vl.py", "--output-dir", str(out), "--name", "run"]
+    command += ["--max-steps", str(steps), "--epochs", "200", "--eval-interval", "100", "--save-interval", "100"]
+    command += ["--bridge.python", python, "--num-decode", "0"]
+    command += ["--data.cache-dir", str(out / "cache"), "--bridge.restarts", "1"]
+    if args.quick:
+        command += ["--target.backend", "huggingface"]
     else:
-        args += ["--bridge.transport", "cuda_ipc", "--target.backend", "sglang", "--target.dtype", "bfloat16"]
-        args += ["--compute-dtype", "bfloat16", "--trainer.memory-fraction", "0.4", "--bridge.memory-fraction", "0.3"]
+        command += ["--bridge.transport", "cuda_ipc", "--target.backend", "sglang", "--target.dtype", "bfloat16"]
+        command += [
+            "--compute-dtype",
+            "bfloat16",
+            "--trainer.memory-fraction",
+            "0.4",
+            "--bridge.memory-fraction",
+            "0.3",
+        ]
     samples: list[tuple[int, int]] = []  # (step, MiB in use on the GPU)
     metrics = out / "run" / "metrics.jsonl"
     with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(call, out, "run-train", sys.executable, *args)
+        done = pool.submit(call, out, "run-train", sys.executable, *command)
         while not done.done():
             time.sleep(0.5)
             step = last_step(metrics)
@@ -158,7 +167,7 @@ def versions() -> str:
     from importlib import metadata
 
     found = []
-    for name in ("jax", "torch", "transformers", "sglang", "triton", "flax"):
+    for name in ("jax", "flax", "torch", "triton", "transformers"):
         try:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
@@ -171,6 +180,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="what a CPU can do")
     parser.add_argument("--parts", default="row,run,parity")
     parser.add_argument("--out", type=Path, default=None, help="logs and models; default: a new temporary folder")
+    parser.add_argument("--families", default=",".join(FAMILIES), help="of the parity part")
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="of the parity part")
     parser.add_argument("--workers", type=int, default=0, help="parity processes at a time; default 1 quick, else 6")
     parser.add_argument("--bridge-python", default=sys.executable, help="of the environment with torch and SGLang")
     args = parser.parse_args()
@@ -185,7 +196,7 @@ def main() -> None:
     for part in args.parts.split(","):
         print(f"### {part}", flush=True)
         try:
-            parts[part](out, args.bridge_python, args.quick, args.workers or (1 if args.quick else 6))
+            parts[part](out, args)
         except Exception as error:  # the other parts go on
             print(f"**{part} failed**: {type(error).__name__}: {error}", flush=True)
 

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -55,6 +56,9 @@ class Worker(Protocol):
 
     def fill(self, split: str, rows: tuple[Row, ...], slot: Mapping[str, Producer]) -> tuple[FilledRow, ...]:
         """Writes every array of a slot (`SlotMemory.arrays`), and returns when its bytes are complete."""
+
+    def prepare(self, split: str, rows: tuple[Row, ...]) -> None:
+        """Called as early as possible with what `fill` will be asked for: may start work in the background."""
 
     def decode(self, request: Decode) -> Decoded: ...
 
@@ -111,7 +115,15 @@ def serve(connection: wire.Connection, spec: BridgeSpec, worker_path: str) -> No
     for fd in fds:
         os.close(fd)
 
-    while (request := requests.get()) is not None:
+    waiting: deque[Fill | Decode | None] = deque()
+    while True:
+        while not waiting or not requests.empty():
+            request = requests.get()
+            if isinstance(request, Fill):
+                worker.prepare(request.split, request.rows)  # while the rows before it are being filled
+            waiting.append(request)
+        if (request := waiting.popleft()) is None:
+            return
         try:
             if isinstance(request, Fill):
                 answer = fill_slot(worker, ring, ring.acquire(), memory, request, spec.rows_per_slot)

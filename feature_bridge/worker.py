@@ -7,12 +7,14 @@ Legend: R rows of a slot, S tokens of a row, T tokens of a row in use, K capture
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -81,7 +83,9 @@ class Worker:
             print(f"stand-in on this CPU: {stand_in}", flush=True)
         width = self.target.info.hidden_size * len(spec.target.layer_ids)
         self._layout = SlotLayout(spec.rows_per_slot, spec.row_tokens, width, spec.feature_dtype)
-        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
+        threads = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+        self._background = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
+        self._ahead: dict[tuple[Split, int], Future[Prepared]] = {}
         self.ready = Ready(
             schema_version=SCHEMA_VERSION,
             target=self.target.info,
@@ -99,9 +103,9 @@ class Worker:
         """
         assert len(rows) == self._layout.rows
         fields = {name: torch.from_dlpack(producer) for name, producer in slot.items()}  # the slot's own memory
-        prepared: list[list[Future[Prepared]]] = [
-            [self._background.submit(self._prepare, split, position) for position in row.samples] for row in rows
-        ]
+        self.prepare(split, rows)
+        # A sample that is there twice is prepared twice.
+        prepared = [[self._ahead.pop((split, i), None) or self._submit(split, i) for i in row.samples] for row in rows]
         filled = []
         for r, (row, futures) in enumerate(zip(rows, prepared, strict=True)):
             samples = [future.result() for future in futures]
@@ -116,6 +120,16 @@ class Worker:
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()  # the slot's bytes are complete: see `memory`
         return tuple(filled)
+
+    def prepare(self, split: Split, rows: Sequence[Row]) -> None:
+        """Starts to read and resize the pictures of rows that `fill` will be asked for, in background threads."""
+        for row in rows:
+            for position in row.samples:
+                if (split, position) not in self._ahead:
+                    self._ahead[split, position] = self._submit(split, position)
+
+    def _submit(self, split: Split, position: int) -> Future[Prepared]:
+        return self._background.submit(self._prepare, split, position)
 
     def decode(self, request: Decode) -> Decoded:
         """Greedy decoding of held-out samples, with a draft and without. See `feature_bridge.decode`."""
@@ -172,84 +186,106 @@ class Worker:
     def _fill_row(self, row: Row, samples: Sequence[Prepared], out: dict[str, Tensor]) -> FilledRow:
         """One row: the template's tokens, segments, mask and features; zeros where there is nothing.
 
-        A sample whose pictures or features are bad is masked out: its tokens stay, nothing is repacked.
+        A sample whose pictures or features are bad is masked out: its tokens stay, nothing is repacked. Everything that
+        does not need the target is written before it runs.
         """
-        num_tokens = sum(sample.length for sample in samples)
-        if num_tokens > self._layout.row_tokens:
-            raise ValueError(
-                f"row {row.row_id} has {num_tokens} tokens, more than data.row_tokens={self._layout.row_tokens}"
-            )
-        for name in ("tokens", "loss_mask", "features"):
-            out[name].zero_()
-        out["segment_start"].fill_(num_tokens)  # the tail is a segment of its own
-        starts = dict(zip(map(id, samples), accumulate((s.length for s in samples), initial=0), strict=False))
-        for sample in samples:
-            span = slice(starts[id(sample)], starts[id(sample)] + sample.length)
-            out["segment_start"][span] = span.start
+        row_tokens, num_tokens = self._layout.row_tokens, sum(sample.length for sample in samples)
+        if num_tokens > row_tokens:
+            raise ValueError(f"row {row.row_id} has {num_tokens} tokens, more than data.row_tokens={row_tokens}")
+        tokens, loss_mask = np.zeros(row_tokens, np.int32), np.zeros(row_tokens, np.uint8)
+        segment_start = np.full(row_tokens, num_tokens, np.int32)  # the tail is a segment of its own
+        ends = list(accumulate(sample.length for sample in samples))
+        used: list[tuple[Prepared, slice]] = []  # samples for the target, and where they are in the row
+        for sample, end in zip(samples, ends, strict=True):
+            span = slice(end - sample.length, end)
+            segment_start[span] = span.start
             if sample.sample is not None:
-                out["tokens"][span] = torch.from_numpy(sample.sample.tokens)
+                tokens[span] = sample.sample.tokens
+            if sample.request is not None:
+                assert sample.sample is not None
+                loss_mask[span] = sample.sample.loss_mask
+                used.append((sample, span))
+        for name, array in (("tokens", tokens), ("loss_mask", loss_mask), ("segment_start", segment_start)):
+            out[name].copy_(torch.from_numpy(array))
+        out["features"].zero_()
 
-        used = [sample for sample in samples if sample.request is not None]
-        layers, faults = extend_checked(self.target, used)
-        out_layers = out["features"].unflatten(-1, (len(self.target.layer_ids), -1)).unbind(1)
+        num_layers = len(self.target.layer_ids)
+        features_skh = out["features"].unflatten(-1, (num_layers, -1))
+        for layer, states in enumerate(extend(self.target, [sample for sample, _ in used])):
+            for span, part in _runs([span for _, span in used]):
+                features_skh[span, layer] = states[part]
+        faults = find_faults(self.target, features_skh, [span for _, span in used])
+        if len(used) > 1 and all(faults):
+            names = _names([sample for sample, _ in used])
+            raise ValueError(f"samples {names}: {faults[0]}; no sample of this row can be used")
+
         good, skipped = [], [sample.skip for sample in samples if sample.skip is not None]
-        runs: list[tuple[int, int, int]] = []  # (first token in the row, in the extend, tokens) of good neighbours
-        taken = 0
-        for sample, fault in zip(used, faults, strict=True):
-            start = starts[id(sample)]
-            if fault is not None:
-                skipped.append(Skip(where=sample.where, reason=f"sample {sample.sample_id}: {fault}"))
+        for (sample, span), fault in zip(used, faults, strict=True):
+            if fault is None:
+                good.append(sample.position)
             else:
-                good.append(sample)
-                out["loss_mask"][start : start + sample.length] = torch.from_numpy(sample.sample.loss_mask)
-                if runs and start - runs[-1][0] == taken - runs[-1][1] == runs[-1][2]:
-                    runs[-1] = (*runs[-1][:2], runs[-1][2] + sample.length)
-                else:
-                    runs.append((start, taken, sample.length))
-            taken += sample.length
-        for start, first, length in runs:
-            for out_layer, layer in zip(out_layers, layers, strict=True):
-                out_layer[start : start + length] = layer[first : first + length]
-        return FilledRow(
-            row_id=row.row_id,
-            num_tokens=num_tokens,
-            samples=tuple(sample.position for sample in good),
-            skipped=tuple(skipped),
-        )
+                out["features"][span] = 0
+                out["loss_mask"][span] = 0
+                skipped.append(Skip(where=sample.where, reason=f"sample {sample.sample_id}: {fault}"))
+        return FilledRow(row_id=row.row_id, num_tokens=num_tokens, samples=tuple(good), skipped=tuple(skipped))
 
 
-def extend_checked(
-    target: Target, samples: Sequence[Prepared]
-) -> tuple[tuple[Float[Tensor, "T H"], ...], list[str | None]]:
-    """States of each captured layer from one extend over all samples, and what is wrong with each sample's.
-
-    A sample's states are wrong if they are not finite, or all zero for a token of a layer.
+def extend(target: Target, samples: Sequence[Prepared]) -> tuple[Float[Tensor, "T H"], ...]:
+    """States of each captured layer, from one extend over all samples.
 
     Raises:
-      ValueError: states of the wrong shape, or wrong for every one of several samples: the target is to blame.
+      ValueError: states of the wrong shape.
     """
     if not samples:
-        return (), []
-    lengths = [sample.length for sample in samples]
+        return ()
     output = target.extend([sample.request for sample in samples if sample.request is not None])
-    layers, hidden_size = output.layers(len(target.layer_ids)), target.info.hidden_size
-    shapes, expected = [tuple(layer.shape) for layer in layers], (sum(lengths), hidden_size)
+    layers = output.layers(len(target.layer_ids))
+    shapes = [tuple(layer.shape) for layer in layers]
+    expected = (sum(sample.length for sample in samples), target.info.hidden_size)
     if shapes != [expected] * len(target.layer_ids):
         raise ValueError(
             f"samples {_names(samples)}: layers of shape {shapes} where {len(target.layer_ids)} x {expected} were "
             f"expected from {target.info.backend}"
         )
-    peak_tk = torch.stack([torch.linalg.vector_norm(layer, torch.inf, dim=-1) for layer in layers], dim=1)
-    if bool((torch.isfinite(peak_tk) & (peak_tk > 0)).all()):  # the one number that goes to the host
-        return layers, [None] * len(samples)
+    return layers
+
+
+def find_faults(target: Target, features: Float[Tensor, "S K H"], spans: Sequence[slice]) -> list[str | None]:
+    """What is wrong with the features of each span: not finite, or all zero for a token of a layer.
+
+    One flag goes from the GPU to the host where nothing is wrong.
+    """
+    if not spans:
+        return []
+    peak_sk = torch.linalg.vector_norm(features, torch.inf, dim=-1)
+    checked = torch.zeros(len(features), dtype=torch.bool)
+    for span in spans:
+        checked[span] = True
+    fine_sk = (torch.isfinite(peak_sk) & (peak_sk > 0)) | ~checked.to(features.device)[:, None]
+    if bool(fine_sk.all()):
+        return [None] * len(spans)
     faults: list[str | None] = []
-    for peak in peak_tk.cpu().split(lengths):
+    peak_sk = peak_sk.cpu()
+    for span in spans:
+        peak = peak_sk[span]
         wrong, what = (~peak.isfinite(), "NaN or infinite") if not peak.isfinite().all() else (peak == 0, "all zero")
         at = [l for l, column in zip(target.layer_ids, wrong.unbind(1), strict=True) if column.any()]
         faults.append(f"{what} features of layers {at} from {target.info.backend}" if at else None)
-    if len(samples) > 1 and all(fault is not None for fault in faults):
-        raise ValueError(f"samples {_names(samples)}: {faults[0]}; no sample of this row can be used")
-    return layers, faults
+    return faults
+
+
+def _runs(spans: Sequence[slice]) -> list[tuple[slice, slice]]:
+    """Neighbouring spans joined: (in the row, in an extend over these spans alone)."""
+    joined: list[tuple[slice, slice]] = []
+    taken = 0
+    for span in spans:
+        start, first = span.start, taken
+        if joined and joined[-1][0].stop == span.start:
+            start, first = joined[-1][0].start, joined[-1][1].start
+            joined.pop()
+        taken += span.stop - span.start
+        joined.append((slice(start, span.stop), slice(first, taken)))
+    return joined
 
 
 def _names(samples: Sequence[Prepared]) -> str:

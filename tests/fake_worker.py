@@ -99,6 +99,9 @@ class FakeWorker:
                 time.sleep(1000)
         return tuple(FilledRow(row_id=r.row_id, num_tokens=len(r.samples), samples=r.samples) for r in rows)
 
+    def prepare(self, split: str, rows: tuple[Row, ...]) -> None:
+        pass
+
     def decode(self, request: Decode) -> Decoded:
         if request.draft_path == "missing":
             raise FileNotFoundError(2, "no such draft", "missing")

@@ -1,4 +1,4 @@
-"""What of `cuda_ipc` a machine without a GPU can show: its message, its refusals; `benchmarks/bridge.py` does the rest."""
+"""What of `cuda_ipc` shows without a GPU: its message and its refusals. `benchmarks/bridge.py` does the rest."""
 
 from __future__ import annotations
 

@@ -56,10 +56,12 @@ def restarting(tmp_path):
 def test_what_was_under_way_is_asked_for_again(restarting):
     start, said = restarting
     client = start()
-    for number in range(3):
-        client.fill("train", rows(number))
+    client.fill("train", rows(0))
     held = client.next_filled()
     first = client.pid
+    os.kill(first, signal.SIGSTOP)  # so that it cannot answer before it dies
+    for number in (1, 2):
+        client.fill("train", rows(number))
     os.kill(first, signal.SIGKILL)
     for number in (1, 2):
         filled = client.next_filled()

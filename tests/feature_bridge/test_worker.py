@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import feature_bridge.worker
 from feature_bridge.contracts import BridgeSpec, DataSpec, Decode, Row, SlotLayout, TargetSpec
 from feature_bridge.memory import CPU, slot_arrays
 from feature_bridge.samples import render_inputs
@@ -285,3 +287,61 @@ def test_decoding_needs_held_out_data(worker, monkeypatch):
     monkeypatch.delitem(worker.indexes, "eval")
     with pytest.raises(ValueError, match=r"data\.eval_path"):
         worker.decode(Decode(request_id=1, draft_path="x", samples=(0,), max_new_tokens=4))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("grid", "image tokens, but grids"),
+        ("pixels", "pixel_values of shape"),
+        ("no picture", "image tokens without a picture"),
+        ("token", "ids in [0, 1280)"),
+        ("negative token", "ids in [0, 1280)"),
+    ],
+)
+def test_a_request_that_does_not_fit_itself_is_masked_out(damage, reason, worker, monkeypatch):
+    index = worker.indexes["train"]
+    whole, render = type(index).sample, feature_bridge.worker.render_inputs
+
+    def sample(self, position):
+        found = whole(self, position)
+        if position == 1 and "token" in damage:
+            tokens = found.tokens.copy()
+            tokens[2] = -1 if damage == "negative token" else 1280
+            found = dataclasses.replace(found, tokens=tokens)
+        return found
+
+    def inputs(found, processor):
+        pixels, grids = render(found, processor)
+        if found.tokens.tobytes() != whole(index, 1).tokens.tobytes():
+            return pixels, grids
+        if damage == "grid":
+            grids = ((1, grids[0][1], grids[0][2] + 2),)
+        if damage == "pixels":
+            pixels = pixels[:-1]
+        return (None, ()) if damage == "no picture" else (pixels, grids)
+
+    before, clean = fill(worker, (0, 1, 3), (2,))
+    monkeypatch.setattr(type(index), "sample", sample)
+    monkeypatch.setattr(feature_bridge.worker, "render_inputs", inputs)
+    filled, slot = fill(worker, (0, 1, 3), (2,))
+    assert filled[0].samples == (0, 3)
+    assert filled[1] == before[1]
+    (skip,) = filled[0].skipped
+    assert skip.where == "train.jsonl:2"
+    assert reason in skip.reason
+    assert torch.equal(slot["features"][1], clean["features"][1])
+    assert torch.equal(slot["loss_mask"][1], clean["loss_mask"][1])
+
+
+def test_pictures_are_prepared_ahead(worker, monkeypatch):
+    """`prepare` reads each sample once, and `fill` takes what it has read."""
+    seen, read = [], worker._prepare
+    monkeypatch.setattr(worker, "_prepare", lambda split, position: seen.append(position) or read(split, position))
+    worker.prepare("train", (Row(row_id=7, samples=(1, 2)), Row(row_id=8, samples=(4,))))
+    filled, _ = fill(worker, (1, 2), (4,))
+    assert sorted(seen) == [1, 2, 4]
+    assert [row.samples for row in filled] == [(1, 2), (4,)]
+    filled, _ = fill(worker, (1, 1), ())  # a sample twice
+    assert filled[0].samples == (1, 1)
+    assert not worker._ahead

@@ -1,0 +1,55 @@
+"""Trainer and bridge in two virtual environments that cannot import each other's libraries."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+import runs
+import two_environments
+
+from jaxdraft.checkpoint import load_params
+
+
+@pytest.fixture(scope="module")
+def pythons():
+    return two_environments.trainer_python(), two_environments.bridge_python()
+
+
+def importable(python, module: str) -> bool:
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    return subprocess.run([python, "-c", code], env=clean_environment()).returncode == 0
+
+
+def clean_environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    return kept | {"PYTHONPATH": str(two_environments.REPOSITORY), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+
+def test_neither_has_the_others_libraries(pythons):
+    trainer, bridge = pythons
+    assert [importable(trainer, name) for name in ("jax", "torch", "transformers", "sglang")] == [True] + [False] * 3
+    assert [importable(bridge, name) for name in ("torch", "jax", "flax", "sglang")] == [True] + [False] * 3
+
+
+def test_a_run_across_two_environments(pythons, tmp_path):
+    trainer, bridge = pythons
+    config = runs.write_config(runs.write_data(tmp_path, train=12))
+    command = [trainer, "-m", "jaxdraft.train", "--config", config, "--bridge.python", bridge, "--max-steps", "4"]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    metrics = runs.metrics(tmp_path / "runs" / "small")
+    assert list(metrics) == [1, 2, 3, 4]
+    assert metrics[4]["loss"] < metrics[1]["loss"]
+    assert "huggingface transformers" in done.stdout
+    assert load_params(tmp_path / "runs" / "small")[1]["step"] == 4
+
+
+def test_an_interpreter_that_is_not_there(tmp_path):
+    config = runs.write_config(runs.write_data(tmp_path, train=2))
+    code, output = runs.run(config, "--bridge.python", str(tmp_path / "bin" / "python"))
+    assert code == 2
+    assert "bridge.python=" in output
+    assert "give the path of a Python interpreter" in output
+    assert "Traceback" not in output
