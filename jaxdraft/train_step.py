@@ -24,7 +24,7 @@ from jaxdraft.losses import LossConfig, LossSums
 from jaxdraft.model.dflash import DraftConfig, init_params, parameter_axes
 from jaxdraft.objective import Batch, Frozen, Params, Predictions, predict, unhealthy_rows
 from jaxdraft.optim import OptimConfig, clip_factor, global_norm, learning_rate, make_optimizer
-from jaxdraft.sharding import ShardingRules, shardings
+from jaxdraft.sharding import ShardingRules, on_mesh, per_device, shardings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class StepConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of activations and matrix products; masters, softmax and losses are float32."""
     attention: str = "auto"
-    """Implementation of the block attention: auto, xla or reference."""
+    """Implementation of the block attention: auto, mosaic (Hopper GPUs), xla or reference."""
     head_chunk_tokens: int | None = None
     """Tokens a row whose logits exist at a time; None: chosen by memory."""
 
@@ -133,6 +133,14 @@ def state_shardings(
     return jax.tree_util.tree_map_with_path(of_leaf, abstract)
 
 
+def batch_shardings(mesh: Mesh) -> Batch:
+    """The sharding of every array of a batch: rows over data x fsdp, and the features' tokens over tensor."""
+    rules = ShardingRules()
+    rows = NamedSharding(mesh, rules.spec(("rows",)))
+    whole = {field.name: rows for field in dataclasses.fields(Batch)}
+    return Batch(**whole | {"features": NamedSharding(mesh, rules.spec(("rows", "context")))})
+
+
 def make_train_step(
     draft: DraftConfig,
     loss: LossConfig,
@@ -149,23 +157,23 @@ def make_train_step(
     micro-batch) and updated. `step.func` is the jitted function, whose first argument is `frozen`.
     """
     objective = functools.partial(predict, draft=draft, loss=loss, **_compute_options(options))
+    draw = functools.partial(
+        sample_row_anchors,
+        num_anchors=options.num_anchors,
+        block_size=draft.block_size,
+        rule=options.anchor_rule,
+    )
     out_shardings = None
     if mesh is not None:
         out_shardings = (state_shardings(draft, optim, options, mesh), NamedSharding(mesh, PartitionSpec()))
 
     # `frozen` is an argument and not a closure: closed-over arrays become constants of the executable.
     @functools.partial(jax.jit, donate_argnums=1, out_shardings=out_shardings)
+    @on_mesh(mesh)
     def train_step(frozen: Frozen, state: TrainState, batch: Batch, key: Array):
-        anchors, valid = sample_row_anchors(
-            key,
-            state.step,
-            batch.row_ids,
-            batch.loss_mask,
-            batch.segment_start,
-            batch.num_tokens,
-            num_anchors=options.num_anchors,
-            block_size=draft.block_size,
-            rule=options.anchor_rule,
+        rows = ("rows",)
+        anchors, valid = per_device(draw, [(), (), rows, rows, rows, rows], [rows, rows])(
+            key, state.step, batch.row_ids, batch.loss_mask, batch.segment_start, batch.num_tokens
         )
 
         def numerator(params):
@@ -174,8 +182,7 @@ def make_train_step(
 
         (_, sums), grads = jax.value_and_grad(numerator, has_aux=True)(state.params)
         bad_rows = unhealthy_rows(batch, draft.hidden_size)
-        finite = jnp.isfinite(jnp.stack([sums.numerator, global_norm(grads)]))
-        ok = jnp.all(jnp.concatenate([~bad_rows, finite]))
+        ok = ~jnp.any(bad_rows) & jnp.all(jnp.isfinite(jnp.stack([sums.numerator, global_norm(grads)])))
         grads, sums = jax.tree.map(lambda x: jnp.where(ok, x, 0), (grads, sums))
 
         state = dataclasses.replace(
