@@ -23,7 +23,7 @@ TRAIN_SEED, EVAL_SEED, TEXT_SEED = 11, 22, 33
 def datasets(world) -> dict[str, list]:
     """{"train": conversations, "eval": conversations}: the same on every machine.
 
-    The target knows all things; the data asks about four of each category, so that a draft that trains for minutes
+    The target knows all things; the data asks about five of each category, so that a draft that trains for minutes
     sees each of them often.
     """
     from tiny_conversations import distinct
@@ -32,7 +32,7 @@ def datasets(world) -> dict[str, list]:
     things = []
     for thing in world.things:
         seen[thing.category] += 1
-        if seen[thing.category] <= 4:
+        if seen[thing.category] <= 5:
             things.append(thing)
     world = dataclasses.replace(world, things=tuple(things))
     return {

@@ -57,10 +57,26 @@ def _pixels(bank: Bank) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor
     return pixels, grids
 
 
-def answer_all(model, tokenizer, bank: Bank, conversations: list[Conversation], batch: int) -> list[list[str]]:
-    """The model's answers to every turn, given its own earlier answers; those of like length are made together."""
+def own_answers(model, tokenizer, bank: Bank, conversations: list[Conversation], batch: int) -> list[list[str]]:
+    """The model's greedy answers to every turn, given its own earlier answers.
+
+    Where every token of the right answers is the model's clear first choice, they are its greedy answers: one pass
+    shows it. Only the other conversations are decoded token by token.
+    """
+    answers = [[right for _, right in c.turns] for c in conversations]
+    lead = margins(model, tokenizer, bank, conversations, answers)
+    unsure = [i for i, value in enumerate(lead) if value <= MIN_MARGIN]
+    print(f"{len(unsure)} of {len(conversations)} conversations are decoded", flush=True)
+    decoded = decode_all(model, tokenizer, bank, [conversations[i] for i in unsure], batch)
+    for i, given in zip(unsure, decoded, strict=True):
+        answers[i] = given
+    return answers
+
+
+def decode_all(model, tokenizer, bank: Bank, conversations: list[Conversation], batch: int) -> list[list[str]]:
+    """The same, all decoded; conversations of like length together."""
     answers: list[list[str]] = [[] for _ in conversations]
-    for turn in range(max(len(c.turns) for c in conversations)):
+    for turn in range(max((len(c.turns) for c in conversations), default=0)):
         todo = [i for i, c in enumerate(conversations) if len(c.turns) > turn]
         todo.sort(key=lambda i: len(conversations[i].turns[turn][1]))
         for at in range(0, len(todo), batch):
@@ -127,7 +143,7 @@ def answer_and_measure(out: Path, device: str, batch: int) -> None:
     tokenizer = processor.tokenizer
     bank = make_bank(processor.image_processor, out / "pictures", world)
     for name, conversations in datasets(world).items():
-        answers = answer_all(model, tokenizer, bank, conversations, batch)
+        answers = own_answers(model, tokenizer, bank, conversations, batch)
         lead = margins(model, tokenizer, bank, conversations, answers)
         kept = [i for i, value in enumerate(lead) if value > MIN_MARGIN]
         every = [
