@@ -21,8 +21,11 @@ from typing import Any, Literal
 from feature_bridge import wire
 from feature_bridge.contracts import (
     BridgeSpec,
+    Check,
+    Checked,
     Decode,
     Decoded,
+    Dtype,
     Failure,
     Fill,
     Filled,
@@ -116,7 +119,7 @@ class Client:
         self._request_id = 0
         self._ended = False
         self._fills: deque[int] = deque()  # request ids of fills that `next_filled` has not answered yet
-        self._answers: dict[int, Filled | Decoded | Failure] = {}  # that came before they were asked for
+        self._answers: dict[int, Filled | Decoded | Checked | Failure] = {}  # that came before they were asked for
         self.num_slots = spec.num_slots
         self.transport = spec.transport
         self.ready = self._start_message(Ready, deadline)
@@ -177,6 +180,26 @@ class Client:
         """
         request = Decode(
             request_id=self._new_id(), draft_path=draft_path, samples=tuple(samples), max_new_tokens=max_new_tokens
+        )
+        self._send(request)
+        self._wait_for(request.request_id, timeout)
+        return self._take(request.request_id)
+
+    def check(
+        self,
+        draft_path: str,
+        inputs_path: str,
+        systems: Sequence[str],
+        embedding_dtype: Dtype,
+        timeout: float = math.inf,
+    ) -> Checked:
+        """Runs the blocks of a file through the systems that load a draft; queued and failing as `decode` does."""
+        request = Check(
+            request_id=self._new_id(),
+            draft_path=draft_path,
+            inputs_path=inputs_path,
+            systems=tuple(systems),
+            embedding_dtype=embedding_dtype,
         )
         self._send(request)
         self._wait_for(request.request_id, timeout)

@@ -163,6 +163,17 @@ class Decode:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Check:
+    """Run the same blocks through every system that loads a draft: see `feature_bridge.check`."""
+
+    request_id: int
+    draft_path: str
+    inputs_path: str  # safetensors with the blocks; each system's outputs are written beside it
+    systems: tuple[str, ...]
+    embedding_dtype: Dtype = "float32"  # to which the trainer has rounded the target's embedding
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shutdown:
     """End in good order."""
 
@@ -278,6 +289,25 @@ class Decoded:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckedSystem:
+    """How one system loaded a draft. What it computed is in `outputs_path`."""
+
+    name: str
+    status: Literal["ran", "not installed", "not run", "failed"]
+    note: str = ""  # its version, or why it did not run
+    outputs_path: str | None = None
+    fields: dict[str, Any] = field(default_factory=dict)  # of the draft's config, as the system understood them
+    weights: dict[str, str] = field(default_factory=dict)  # digest by exported name; a tensor never set has none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    request_id: int
+    systems: tuple[CheckedSystem, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Failure:
     """The bridge cannot go on (`request_id` None), or not do one request. `message` is one sentence for the user."""
 
@@ -285,4 +315,4 @@ class Failure:
     message: str
 
 
-MESSAGES = (Fill, Release, Decode, Shutdown, Ready, RingMemory, Filled, Decoded, Failure)
+MESSAGES = (Fill, Release, Decode, Check, Shutdown, Ready, RingMemory, Filled, Decoded, Checked, Failure)

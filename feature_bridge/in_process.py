@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from feature_bridge.client import BridgeError
-from feature_bridge.contracts import BridgeSpec, Decode, Decoded, Fill, Filled, Row
+from feature_bridge.contracts import BridgeSpec, Check, Checked, Decode, Decoded, Dtype, Fill, Filled, Row
 from feature_bridge.memory import Producer, create_host_memory
 from feature_bridge.ring import Ring
 from feature_bridge.server import Worker, describe, fill_slot, slot_layout
@@ -62,6 +62,27 @@ class InProcessClient:
         )
         try:
             return self._worker.decode(request)
+        except Exception as error:
+            raise BridgeError(describe(error), kind="failed") from error
+
+    def check(
+        self,
+        draft_path: str,
+        inputs_path: str,
+        systems: Sequence[str],
+        embedding_dtype: Dtype,
+        timeout: float | None = None,
+    ) -> Checked:
+        self._request_id += 1
+        request = Check(
+            request_id=self._request_id,
+            draft_path=draft_path,
+            inputs_path=inputs_path,
+            systems=tuple(systems),
+            embedding_dtype=embedding_dtype,
+        )
+        try:
+            return self._worker.check(request)
         except Exception as error:
             raise BridgeError(describe(error), kind="failed") from error
 

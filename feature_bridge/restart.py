@@ -10,12 +10,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from feature_bridge.client import BridgeError, Client
-from feature_bridge.contracts import Decoded, Filled, Ready, Row
+from feature_bridge.contracts import Checked, Decoded, Dtype, Filled, Ready, Row
 from feature_bridge.memory import Producer
 
+Answer = TypeVar("Answer")
 _LIFE = 1 << 32  # a generation is the slot's own plus this many for every life of the bridge before
 
 
@@ -90,13 +91,18 @@ class RestartingClient:
         self, draft_path: str, samples: Sequence[int], max_new_tokens: int, timeout: float = math.inf
     ) -> Decoded:
         """See `Client.decode`."""
-        while True:
-            try:
-                return self._client.decode(draft_path, samples, max_new_tokens, timeout)
-            except BridgeError as error:
-                if not error.retryable:
-                    raise
-                self._restart(error)
+        return self._again(lambda client: client.decode(draft_path, samples, max_new_tokens, timeout))
+
+    def check(
+        self,
+        draft_path: str,
+        inputs_path: str,
+        systems: Sequence[str],
+        embedding_dtype: Dtype,
+        timeout: float = math.inf,
+    ) -> Checked:
+        """See `Client.check`."""
+        return self._again(lambda client: client.check(draft_path, inputs_path, systems, embedding_dtype, timeout))
 
     def close(self, grace_s: float = 5.0) -> None:
         """See `Client.close`."""
@@ -108,6 +114,16 @@ class RestartingClient:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+    def _again(self, ask: Callable[[Client], Answer]) -> Answer:
+        """The answer of a living bridge. Raises for a bridge's death only when its restarts are used up."""
+        while True:
+            try:
+                return ask(self._client)
+            except BridgeError as error:
+                if not error.retryable:
+                    raise
+                self._restart(error)
 
     def _restart(self, error: BridgeError) -> int:
         """A new bridge in the place of the dead one, with everything that is under way asked for again.

@@ -29,6 +29,8 @@ from typing import Any, Protocol
 from feature_bridge import wire
 from feature_bridge.contracts import (
     BridgeSpec,
+    Check,
+    Checked,
     Decode,
     Decoded,
     Failure,
@@ -61,6 +63,8 @@ class Worker(Protocol):
         """Called as early as possible with what `fill` will be asked for: may start work in the background."""
 
     def decode(self, request: Decode) -> Decoded: ...
+
+    def check(self, request: Check) -> Checked: ...
 
 
 def load_worker(path: str) -> Any:
@@ -104,7 +108,7 @@ def describe(error: Exception) -> str:
 def serve(connection: wire.Connection, spec: BridgeSpec, worker_path: str) -> None:
     """Builds the worker, shows the ring, and answers until `Shutdown`. Raises what building the worker raises."""
     ring = Ring(spec.num_slots)
-    requests: queue.SimpleQueue[Fill | Decode | None] = queue.SimpleQueue()
+    requests: queue.SimpleQueue[Fill | Decode | Check | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(connection, ring, requests), name="reader", daemon=True).start()
 
     worker = load_worker(worker_path)(spec)
@@ -127,8 +131,10 @@ def serve(connection: wire.Connection, spec: BridgeSpec, worker_path: str) -> No
         try:
             if isinstance(request, Fill):
                 answer = fill_slot(worker, ring, ring.acquire(), memory, request, spec.rows_per_slot)
-            else:
+            elif isinstance(request, Decode):
                 answer = worker.decode(request)
+            else:
+                answer = worker.check(request)
         except RingClosed:
             return
         except Exception as error:
@@ -145,7 +151,7 @@ def _read(connection: wire.Connection, ring: Ring, requests: queue.SimpleQueue) 
             match connection.receive(_PARENT_CHECK_S):
                 case Release(slot=slot, generation=generation):
                     ring.release(slot, generation)
-                case Fill() | Decode() as request:
+                case Fill() | Decode() | Check() as request:
                     requests.put(request)
                 case Shutdown():
                     ring.close()

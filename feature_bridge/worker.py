@@ -22,6 +22,8 @@ from torch import Tensor
 from feature_bridge.contracts import (
     SCHEMA_VERSION,
     BridgeSpec,
+    Check,
+    Checked,
     Decode,
     Decoded,
     FilledRow,
@@ -138,6 +140,12 @@ class Worker:
         if "eval" not in self.indexes:
             raise ValueError("there is no held-out data to decode; give data.eval_path or data.eval_fraction")
         return decode(self.target, self.processor, self.indexes["eval"], request)
+
+    def check(self, request: Check) -> Checked:
+        """What every system that loads a draft computes with it. See `feature_bridge.check`."""
+        from feature_bridge.check import check
+
+        return check(self.target, request)
 
     def _target_budget(self) -> int | None:
         """Bytes of the GPU that the target may take; None on a CPU."""

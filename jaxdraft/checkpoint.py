@@ -22,7 +22,7 @@ STATE = "state"
 # digest says whether the data is the same.
 RESUME_MAY_CHANGE = frozenset({
     "name", "output_dir", "fresh", "log_interval", "eval_interval", "save_interval", "keep_checkpoints",
-    "max_bad_batches", "num_decode", "max_new_tokens", "rows_per_device", "target.path",
+    "max_bad_batches", "check_first_checkpoint", "num_decode", "max_new_tokens", "rows_per_device", "target.path",
     "data.train_path", "data.eval_path",
     "data.eval_rows", "data.num_workers", "data.cache_dir", "bridge.transport", "bridge.num_slots", "bridge.python",
     "bridge.verify", "bridge.start_timeout_s", "bridge.request_timeout_s", "bridge.restarts", "bridge.memory_fraction",

@@ -232,6 +232,8 @@ class Config:
     """Latest checkpoints kept, beside the first and the best."""
     max_bad_batches: int = 10
     """The run ends after this many batches with zero or non-finite features, loss or gradient."""
+    check_first_checkpoint: bool = True
+    """Compare the first checkpoint, exported, with the draft in training, and end the run if they differ."""
     num_decode: int = 16
     """Held-out conversations really decoded at the end; 0: none."""
     max_new_tokens: int = 512

@@ -7,6 +7,7 @@ draft with a wrong tensor only accepts less, so everything is checked here, befo
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -77,6 +78,8 @@ def export_draft(
             "capture": capture,
             "mask_token_id": config.mask_token_id,
             "target_layer_ids": list(config.target_layer_ids),
+            "draft": dataclasses.asdict(config),
+            "tensors": {name: digest(tensor) for name, tensor in written.items()},
             "sha256": {name: _sha256(unfinished / name) for name in ("model.safetensors", "config.json")},
             **(provenance or {}),
         }
@@ -213,6 +216,11 @@ def _version() -> str:
 
 def _write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def digest(tensor: np.ndarray) -> str:
+    """Of a tensor's values as little-endian float32; equal to `feature_bridge.check.digest`."""
+    return hashlib.blake2b(np.ascontiguousarray(tensor, "<f4").data, digest_size=16).hexdigest()
 
 
 def _sha256(file: Path) -> str:

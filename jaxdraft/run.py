@@ -69,6 +69,10 @@ class Plan:
     def evaluates_after(self, step: int) -> bool:
         return bool(self.eval_rows) and (step % self.eval_interval == 0 or step == self.total_steps)
 
+    def keeps_after(self, step: int) -> bool:
+        """Whether there is a checkpoint of this step: every evaluated one is saved as well."""
+        return self.evaluates_after(step) or self.saves_after(step)
+
     @property
     def eval_requests(self) -> tuple[Request, ...]:
         return tuple(Request("eval", rows) for rows in self._micro_batches(list(enumerate(self.eval_rows))))

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
 from jaxdraft import report, runtime
+from jaxdraft.check import check_first
 from jaxdraft.checkpoint import Checkpoints, abstract_like, check_resume
 from jaxdraft.cli import parse_args, run_command
 from jaxdraft.config import Config
@@ -35,6 +36,7 @@ from jaxdraft.gpu_memory import check_trainer_fits, claim_gpu_memory, limit_gpu_
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import from_tensors
 from jaxdraft.objective import Frozen
+from jaxdraft.parity import Conversation, conversations_of
 from jaxdraft.run import StopSignal, make_plan, open_run_dir, run_meta
 from jaxdraft.sharding import ShardingRules, make_mesh
 from jaxdraft.step_log import StepLog
@@ -114,6 +116,9 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
         eval_step = make_eval_step(draft, config.loss, options, frozen)
         stream = FeatureStream(bridges, plan.requests(first_step), row_sharding(mesh))
         result: EvalResult | None = None
+        # The first checkpoint is compared with its own export, on samples of its last batch.
+        unchecked = config.check_first_checkpoint and checkpoints.latest is None and jax.process_count() == 1
+        conversations: list[Conversation] = []
 
         with StepLog(config, run_dir, console, plan, stream, first_step=first_step) as log:
             log.note_skips(skip for table in tables.values() for skip in table.skipped)
@@ -122,6 +127,8 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
                     with saved_on_bridge_error(checkpoints, step - 1, state, meta, complete=micro == 0):
                         slot = next(stream)
                     state, metrics = train_step(state, slot.batch, key)
+                    if unchecked and plan.keeps_after(step):
+                        conversations = conversations_of(slot, ("a first sample", "a second sample"), num_anchors=4)
                     log.push(step, metrics, slot)  # writes the step before this one, and releases its slot
                 if evaluate := plan.evaluates_after(step):
                     log.settle()
@@ -130,6 +137,9 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
                     log.write(step, "eval", result.metrics())
                 if evaluate or plan.saves_after(step) or stop.received:
                     checkpoints.save(step, state, meta, tau=finite(result.tau) if evaluate else None)
+                if unchecked and conversations:
+                    check_first(state.params, draft, frozen, conversations, bridge, target, config.target.dtype)
+                    unchecked = False
                 if stop.received:
                     console.print(f"{stop.received}: saved step {step}; the same command goes on from there")
                     return None

@@ -104,6 +104,12 @@ class SGLangTarget:
         embedding, _ = self._model.get_embed_and_head()
         return embedding[torch.tensor(tokens, device=embedding.device)]
 
+    def load_draft(self, directory: Path) -> Any:
+        """A draft's directory in SGLang's own draft class: see `sglang_draft`."""
+        from feature_bridge.targets.sglang_draft import SGLangDraft
+
+        return SGLangDraft(directory, self._runner.server_args, self.embed([0]).device)
+
     def _extend(self, requests: Sequence[Request], last_hidden: bool) -> Extended:
         reqs = [self._req(i, request) for i, request in enumerate(requests)]
         try:

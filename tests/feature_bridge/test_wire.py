@@ -60,6 +60,22 @@ EXAMPLES = (
         samples=(DecodedSample(sample=1, tokens=(1, 2), target_tokens=(1, 2), accept_lens=(0, 3)),),
         seconds=1.5,
     ),
+    Check(request_id=4, draft_path="/d", inputs_path="/i", systems=("torch", "z-lab"), embedding_dtype="bfloat16"),
+    Checked(
+        request_id=4,
+        systems=(
+            CheckedSystem(
+                name="torch",
+                status="ran",
+                note="2.13",
+                outputs_path="/o",
+                fields={"rope_theta": 1e7, "target_layer_ids": [1, 5]},
+                weights={"fc.weight": "ab"},
+            ),
+            CheckedSystem(name="sglang", status="not installed"),
+        ),
+        seconds=0.5,
+    ),
     Failure(request_id=None, message="no"),
 )
 

@@ -1,0 +1,216 @@
+"""The systems that load a draft, on the same blocks: our torch draft, z-lab's class, SpecForge's, SGLang's.
+
+    blocks (a file of the trainer) --> every system: what it understood of config.json, the weights it holds, and the
+    hidden states it gives --> a file a system, which the trainer compares with its own (`jaxdraft.check`)
+
+All of them compute in float32, from the target's own embedding: what differs then is a mistake and no rounding.
+
+Legend: A context tokens = the anchor's position, B block slots, H hidden size, W feature width, N blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from feature_bridge.contracts import Check, Checked, CheckedSystem
+from feature_bridge.cpu_stand_ins import torchvision_ops
+from feature_bridge.targets.base import Target
+from feature_bridge.torch_draft import TorchDraft, visible_keys
+
+
+class NotRun(Exception):
+    """A system that is there and cannot run this draft here; says why."""
+
+
+class System(Protocol):
+    """A draft as one system has loaded it."""
+
+    version: str
+    fields: dict[str, Any]
+
+    def weights(self) -> dict[str, Tensor]:
+        """By exported name; without those that loading never set."""
+
+    def __call__(self, embedding_bh: Tensor, features_aw: Tensor) -> Tensor:
+        """Hidden states [B, H] of one block; embeddings of [anchor token, MASK, ...], not scaled."""
+
+
+def check(target: Target, request: Check) -> Checked:
+    """Run the blocks of `request.inputs_path` through each system. A system that fails is reported, never raised."""
+    start = time.monotonic()
+    inputs = load_file(request.inputs_path)
+    systems = tuple(_check_one(name, target, request, inputs) for name in request.systems)
+    return Checked(request_id=request.request_id, systems=systems, seconds=time.monotonic() - start)
+
+
+def _check_one(name: str, target: Target, request: Check, inputs: dict[str, Tensor]) -> CheckedSystem:
+    directory = Path(request.draft_path)
+    try:
+        system = SYSTEMS[name](directory, target)
+    except ImportError as error:
+        return CheckedSystem(name=name, status="not installed", note=str(error))
+    except NotRun as error:
+        return CheckedSystem(name=name, status="not run", note=str(error))
+    except Exception as error:  # whatever another project's loader raises is that system's word about the draft
+        return CheckedSystem(name=name, status="failed", note=" ".join(str(error).split()) or type(error).__name__)
+    weights = {tensor: digest(weight) for tensor, weight in system.weights().items()}
+    outputs_path = Path(request.inputs_path).with_name(f"{name}.safetensors")
+    try:
+        save_file(run_blocks(system, target, inputs, getattr(torch, request.embedding_dtype)), outputs_path)
+    except Exception as error:
+        return CheckedSystem(
+            name=name, status="failed", note=f"{type(error).__name__}: {error}", fields=system.fields, weights=weights
+        )
+    return CheckedSystem(
+        name=name,
+        status="ran",
+        note=system.version,
+        outputs_path=str(outputs_path),
+        fields=system.fields,
+        weights=weights,
+    )
+
+
+def run_blocks(
+    system: System, target: Target, inputs: dict[str, Tensor], embedding_dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Hidden states [N, B, H] of each conversation's blocks under its number, "0", "1", ..
+
+    Args:
+      inputs: "I.tokens" [S] int32, "I.features" [S, W] float32, "I.anchors" [N] int32 of conversation I.
+    """
+    outputs = {}
+    masks = [system.fields["mask_token_id"]] * (system.fields["block_size"] - 1)
+    for number in sorted({name.partition(".")[0] for name in inputs}, key=int):
+        tokens, features, anchors = (inputs[f"{number}.{name}"] for name in ("tokens", "features", "anchors"))
+        blocks = []
+        for anchor in anchors.tolist():
+            embedding_bh = target.embed([int(tokens[anchor]), *masks]).to(embedding_dtype).float()
+            blocks.append(system(embedding_bh, features[:anchor].to(embedding_bh.device)))
+        outputs[number] = torch.stack(blocks).float().cpu().contiguous()
+    return outputs
+
+
+def digest(weight: Tensor) -> str:
+    """Of a tensor's values as little-endian float32; equal to `jaxdraft.check.digest`."""
+    return hashlib.blake2b(weight.detach().float().cpu().contiguous().numpy().data, digest_size=16).hexdigest()
+
+
+# --- the systems ------------------------------------------------------------------------------------------------------
+
+
+class OurDraft:
+    """`feature_bridge.torch_draft`, what the bridge decodes with."""
+
+    def __init__(self, directory: Path, target: Target):
+        self._draft = TorchDraft.load(directory, dtype=torch.float32, device=target.embed([0]).device)
+        self.version = f"torch {torch.__version__}"
+        shape = self._draft.shape
+        self.fields = {
+            "block_size": shape.block_size,
+            "target_layer_ids": list(shape.target_layer_ids),
+            "mask_token_id": shape.mask_token_id,
+            "rope_theta": shape.rope_theta,
+            "rms_norm_eps": shape.rms_norm_eps,
+            "input_embedding_scale": shape.input_embedding_scale,
+            "output_multiplier": shape.output_multiplier,
+            "final_logit_softcapping": shape.final_logit_softcapping,
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        return self._draft.weights
+
+    def __call__(self, embedding_bh: Tensor, features_aw: Tensor) -> Tensor:
+        return self._draft(embedding_bh * self._draft.shape.input_embedding_scale, features_aw)
+
+
+class PeerDraft:
+    """z-lab's or SpecForge's class, loaded by its own `from_pretrained`."""
+
+    def __init__(self, directory: Path, target: Target, cls: Any, package: str, *, own_mask: bool):
+        """`own_mask`: the class cuts windows by itself; otherwise the masks are ours, by the layers' types."""
+        device = target.embed([0]).device
+        model, report = cls.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+        self._model, self._own_mask = model.to(device).eval(), own_mask
+        self._unset = set(report["missing_keys"])
+        self.version = f"{package} {importlib.metadata.version(package)}"
+        config = json.loads((directory / "config.json").read_text())
+        nested = config.get("dflash_config") or {}
+        self._scale = float(nested.get("input_embedding_scale", config.get("input_embedding_scale", 1.0)))
+        self.fields = {
+            "block_size": int(model.block_size),
+            "target_layer_ids": list(model.target_layer_ids),
+            "mask_token_id": model.mask_token_id,
+            "rope_theta": float(model.config.rope_parameters["rope_theta"]),
+            "rms_norm_eps": model.config.rms_norm_eps,
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: weight for name, weight in self._model.state_dict().items() if name not in self._unset}
+
+    @torch.inference_mode()
+    def __call__(self, embedding_bh: Tensor, features_aw: Tensor) -> Tensor:
+        num_context, num_slots = len(features_aw), len(embedding_bh)
+        mask = None
+        if not self._own_mask:
+            config = self._model.config
+            windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+            is_causal = getattr(config, "is_causal", None)
+            mask = {
+                kind: visible_keys(
+                    num_context,
+                    num_slots,
+                    windows[kind],
+                    kind == "sliding_attention" if is_causal is None else is_causal,
+                    embedding_bh.device,
+                )[None, None]
+                for kind in set(config.layer_types)
+            }
+        return self._model(
+            position_ids=torch.arange(num_context + num_slots, device=embedding_bh.device)[None],
+            noise_embedding=embedding_bh[None] * self._scale,
+            target_hidden=features_aw[None],
+            attention_mask=mask,
+        )[0]
+
+
+def _zlab(directory: Path, target: Target) -> System:
+    torchvision_ops.ensure()  # its Qwen3 imports transformers' image code
+    from dflash.model import DFlashDraftModel
+
+    return PeerDraft(directory, target, DFlashDraftModel, "dflash", own_mask=True)
+
+
+def _specforge(directory: Path, target: Target) -> System:
+    torchvision_ops.ensure()
+    from specforge.modeling.draft.dflash import DFlashDraftModel
+
+    return PeerDraft(directory, target, DFlashDraftModel, "specforge", own_mask=False)
+
+
+def _sglang(directory: Path, target: Target) -> System:
+    from feature_bridge.targets import sglang_versions
+
+    if sglang_versions.installed_version() is None:
+        raise ImportError("SGLang is not installed in the bridge's Python")
+    if not hasattr(target, "load_draft"):
+        raise NotRun("the target runs in transformers here; set target.backend='sglang'")
+    return target.load_draft(directory)
+
+
+SYSTEMS: dict[str, Callable[[Path, Target], System]] = {
+    "torch": OurDraft,
+    "z-lab": _zlab,
+    "specforge": _specforge,
+    "sglang": _sglang,
+}

@@ -1,0 +1,227 @@
+"""The parity gate: is the draft that engines load the one that was trained?
+
+    python -m jaxdraft.check --draft DIR --config NAME [--any.field value ...]
+
+The same held-out conversations (text, one picture, several) through the JAX draft and, in the bridge, through every
+system that loads the directory: what each understood of config.json, the tensors it holds, its hidden states, the
+logits of the target's head on them, the blocks it proposes and how much of them is accepted. An engine that misreads a
+draft still answers right, only slower; here it is an error with a name. A run checks its first checkpoint by itself.
+
+The comparison is `jaxdraft.parity`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+from jaxtyping import Int
+from rich.console import Console
+from rich.table import Table
+
+from jaxdraft.cli import parse_args, run_command
+from jaxdraft.config import Config
+from jaxdraft.convert import load_draft, read_draft_config
+from jaxdraft.evaluate import as_served, check_capture
+from jaxdraft.export import check_target, digest, export_draft
+from jaxdraft.features import Bridge, BridgeError, FeatureStream, open_bridge
+from jaxdraft.model.dflash import DraftConfig
+from jaxdraft.model.tensors import from_tensors, to_tensors
+from jaxdraft.objective import Frozen, Params
+from jaxdraft.parity import (
+    Conversation,
+    Verdict,
+    compare_systems,
+    config_fields,
+    conversations_of,
+    field_difference,
+    tensor_difference,
+)
+from jaxdraft.run import Request
+from jaxdraft.target import TargetModel, load_frozen, open_target
+
+# --- the directory ----------------------------------------------------------------------------------------------------
+
+
+def trained_config(directory: str | Path) -> DraftConfig:
+    """The draft as it was trained: what export.json says of it, else (another project's draft) its config.json.
+
+    Raises ValueError: neither can be read.
+    """
+    file = Path(directory) / "export.json"
+    about = json.loads(file.read_text()) if file.is_file() else {}
+    if "draft" not in about:
+        return read_draft_config(directory)
+    return msgspec.convert(about["draft"], DraftConfig)
+
+
+def check_directory(directory: str | Path, target_config: Mapping[str, Any]) -> tuple[Verdict, Params | None, Any]:
+    """The files by themselves: a verdict, the parameters (None: they cannot be loaded) and the trained config."""
+    draft, difference = None, ""
+    try:
+        draft = trained_config(directory)
+        difference = served_difference(directory, draft)
+        check_target(draft, target_config)
+        tensors, _ = load_draft(directory)
+    except ValueError as error:
+        return Verdict(system="files", status="failed", difference=difference or str(error)), None, draft
+    file = Path(directory) / "export.json"
+    recorded = json.loads(file.read_text()).get("tensors", {}) if file.is_file() else {}
+    stored = {name: digest(np.asarray(tensor)) for name, tensor in tensors.items()}
+    difference = difference or (tensor_difference(stored, recorded) if recorded else "")
+    params = {name: jnp.asarray(array, jnp.float32) for name, array in from_tensors(tensors, draft).items()}
+    note = "config.json and tensors against export.json" if recorded else "no export.json: config.json is believed"
+    return (
+        Verdict(system="files", status="differs" if difference else "same", note=note, difference=difference),
+        params,
+        draft,
+    )
+
+
+def served_difference(directory: str | Path, draft: DraftConfig) -> str:
+    """The first field of config.json that is not as the draft was trained; empty: none.
+
+    Raises ValueError: no config.json, or one that this model does not compute.
+    """
+    served = read_draft_config(directory)
+    if difference := field_difference(config_fields(served), draft):
+        return difference
+    for name in (field.name for field in dataclasses.fields(DraftConfig)):
+        if getattr(served, name) != getattr(draft, name):
+            return f"{name} is {getattr(served, name)}, and the draft was trained with {getattr(draft, name)}"
+    return ""
+
+
+# --- during training --------------------------------------------------------------------------------------------------
+
+
+def check_first(
+    state_params: Params,
+    draft: DraftConfig,
+    frozen: Frozen,
+    conversations: Sequence[Conversation],
+    bridge: Bridge,
+    target: TargetModel,
+    target_dtype: str,
+) -> Verdict:
+    """The draft in training against its own export in the bridge's torch draft.
+
+    A wrong rope, mask token, layer id or tensor is seen here, in the run's first minutes and not when it is served.
+
+    Raises:
+      ValueError: they differ; names what.
+    """
+    params = as_served(state_params)
+    if target_dtype == "bfloat16":
+        frozen = jax.tree.map(lambda matrix: matrix.astype(jnp.bfloat16), frozen)
+    with tempfile.TemporaryDirectory(prefix="jaxdraft-first-") as scratch:
+        directory = export_draft(to_tensors(params, draft), draft, target.config, Path(scratch) / "draft")
+        _, verdict = compare_systems(bridge, directory, params, draft, frozen, conversations, ("torch",))
+    if verdict.failed:
+        raise ValueError(
+            f"the first checkpoint, exported, is not the draft in training: {verdict.difference}; "
+            "this is a fault of the export and not of the run: keep its checkpoints"
+        )
+    return verdict
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def choose_conversations(num_images: Int[np.ndarray, " samples"]) -> dict[str, int]:
+    """The first held-out conversation of each kind that there is: text, one picture, several."""
+    kinds = {"text": num_images == 0, "one picture": num_images == 1, "several pictures": num_images > 1}
+    return {kind: int(np.flatnonzero(there)[0]) for kind, there in kinds.items() if there.any()}
+
+
+def check_draft(directory: str | Path, config: Config, *, num_anchors: int = 6) -> list[Verdict]:
+    """Every verdict on a draft's directory, with the target and the held-out data of a config.
+
+    Raises:
+      ValueError: no such target, or no held-out data.
+      BridgeError: the bridge could not start, or failed.
+    """
+    target = open_target(config.target)
+    files, params, draft = check_directory(directory, target.config)
+    if params is None:
+        return [files]
+    config = dataclasses.replace(
+        config,
+        draft=dataclasses.replace(config.draft, block_size=draft.block_size),
+        data=dataclasses.replace(config.data, train_path=config.data.train_path if not config.data.eval_path else None),
+    )
+    with open_bridge(config, draft.target_layer_ids, log_path=config.run_dir / "check.log") as bridge:
+        check_capture(directory, bridge.ready.target.capture)
+        table = bridge.ready.indexes.get("eval")
+        if table is None:
+            raise ValueError("there is no held-out data; set data.eval_path, or data.eval_fraction above 0")
+        chosen = choose_conversations(np.frombuffer(table.num_images, np.uint8))
+        conversations = []
+        rows = config.rows_per_device
+        requests = [
+            Request("eval", tuple((r, (sample,) if r == 0 else ()) for r in range(rows))) for sample in chosen.values()
+        ]
+        stream = FeatureStream(bridge, requests)
+        for kind, slot in zip(chosen, stream, strict=True):
+            conversations += conversations_of(slot, [kind], num_anchors)
+            stream.release(slot.filled)
+        # As the target has them: a bfloat16 target rounds a float32 checkpoint.
+        embedding, head = load_frozen(config.target, target, jnp.dtype(config.target.dtype))
+        frozen = Frozen(embedding=embedding, head=head)
+        return [files, *compare_systems(bridge, directory, params, draft, frozen, conversations)]
+
+
+def print_verdicts(console: Console, title: str, verdicts: Sequence[Verdict]) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("system")
+    for name in ("verdict", "logit error", "same blocks", "near ties", "accept_len"):
+        table.add_column(name, justify="right")
+    for v in verdicts:
+        table.add_row(
+            v.system,
+            v.status,
+            "-" if v.error is None else f"{v.error:.1e}",
+            f"{v.same_blocks}/{v.blocks}" if v.blocks else "-",
+            str(v.near_ties) if v.blocks else "-",
+            "-" if v.accept_len is None else f"{v.accept_len:.2f}",
+        )
+    console.print(table)
+    for v in verdicts:
+        if v.note:
+            console.print(f"{v.system}: {v.note}", highlight=False, soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 1 where a system differs from the JAX draft, or could not load what it should."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxdraft.check", description=__doc__.splitlines()[0], add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--draft", metavar="DIR", help="directory of an exported draft")
+    own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(rest):
+        parser.print_help()
+        print("\nand the fields of the config:\n")
+    config = parse_args(rest)
+    if own.draft is None:
+        raise ValueError("--draft is missing; give the directory of an exported draft")
+    verdicts = check_draft(own.draft, config)
+    console = Console()
+    print_verdicts(console, f"{own.draft} in every system", verdicts)
+    failed = [v for v in verdicts if v.failed]
+    for v in failed:
+        console.print(f"{v.system} {v.status}: {v.difference}", highlight=False, soft_wrap=True)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    run_command(main, BridgeError)
