@@ -13,6 +13,9 @@ from fake_worker import make_spec
 from feature_bridge import wire
 from feature_bridge.contracts import (
     MESSAGES,
+    Check,
+    Checked,
+    CheckedSystem,
     Decode,
     Decoded,
     DecodedSample,
