@@ -2,7 +2,7 @@
 # PYTHON picks the interpreter (3.11). TORCH_INDEX names a package index with CPU builds of torch: without one, PyPI's torch
 # brings gigabytes of CUDA along (a plain `make demo TORCH_INDEX=<PyTorch's CPU wheel index>` avoids it).
 PYTHON ?= python3.11
-TORCH_INDEX ?=
+export TORCH_INDEX ?=
 REQ := feature_bridge/requirements
 PIP := .venv/bin/pip install --quiet --disable-pip-version-check
 PYTEST_ARGS ?= -n 2 --dist loadfile

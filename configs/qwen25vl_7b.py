@@ -1,6 +1,6 @@
 """Draft for Qwen2.5-VL-7B, text and images: the published recipe.
 
-    python -m jaxdraft.train --config qwen25vl_7b.py --data.train-path conversations.jsonl
+python -m jaxdraft.train --config qwen25vl_7b.py --data.train-path conversations.jsonl
 """
 
 from jaxdraft.config import BridgeConfig, Config, DataConfig, DraftOptions, TargetConfig

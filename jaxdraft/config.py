@@ -105,6 +105,8 @@ class DraftOptions:
     """Window of the sliding layers, in tokens."""
     num_sliding_layers: int = 0
     """How many layers, from the first, use the sliding window."""
+    initializer_range: float | None = None
+    """Standard deviation of the random initial weights; None: the target's."""
     init_from: str | None = None
     """Directory of an exported draft to start from; None: random weights from the seed."""
 

@@ -146,7 +146,7 @@ def make_draft_config(options: DraftOptions, target: TargetModel, start: DraftCo
             for i in range(options.num_layers)
         ),
         sliding_window=options.sliding_window,
-        initializer_range=target.text.get("initializer_range", 0.02),
+        initializer_range=options.initializer_range or target.text.get("initializer_range", 0.02),
         max_position_embeddings=target.text.get("max_position_embeddings", 32768),
     )
 
