@@ -171,7 +171,14 @@ class Client:
         self._send(Release(slot=slot, generation=generation))
 
     def decode(
-        self, draft_path: str, samples: Sequence[int], max_new_tokens: int, timeout: float = math.inf
+        self,
+        draft_path: str,
+        samples: Sequence[int],
+        max_new_tokens: int,
+        timeout: float = math.inf,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> Decoded:
         """Decodes held-out conversations with an exported draft; its turn comes after the fills asked for before.
 
@@ -179,7 +186,12 @@ class Client:
           BridgeError: as `next_filled`.
         """
         request = Decode(
-            request_id=self._new_id(), draft_path=draft_path, samples=tuple(samples), max_new_tokens=max_new_tokens
+            request_id=self._new_id(),
+            draft_path=draft_path,
+            samples=tuple(samples),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
         )
         self._send(request)
         self._wait_for(request.request_id, timeout)

@@ -154,12 +154,15 @@ class Release:
 
 @dataclass(frozen=True, kw_only=True)
 class Decode:
-    """Greedy speculative decoding of held-out conversations with an exported draft, and of the target alone."""
+    """Speculative decoding of held-out conversations with an exported draft; greedily, and by the target alone, or
+    sampled."""
 
     request_id: int
     draft_path: str
     samples: tuple[int, ...]  # positions in the eval index
     max_new_tokens: int
+    temperature: float = 0.0  # 0: greedy
+    seed: int = 0  # of the samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,14 +273,14 @@ class Filled:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedSample:
-    """One conversation's last turn, decoded greedily.
+    """One conversation's last turn, decoded.
 
     accept_lens has one entry a verify call: draft tokens accepted, without the bonus token.
     """
 
     sample: int
     tokens: tuple[int, ...]  # by speculative decoding, through the end-of-turn token
-    target_tokens: tuple[int, ...]  # by the target alone
+    target_tokens: tuple[int, ...]  # by the target alone; none where they are sampled
     accept_lens: tuple[int, ...]
 
 

@@ -34,27 +34,35 @@ from feature_bridge.torch_draft import TorchDraft
 
 
 def decode(target: Target, processor: Processor, index: Index, request: Decode) -> Decoded:
-    """Decode the last turn of held-out conversations with an exported draft, and by the target alone.
+    """Decode the last turn of held-out conversations with an exported draft, and (greedily) by the target alone.
 
     Raises:
       ValueError: no such draft, or one for other layers.
       MediaError: a conversation's pictures are gone or broken.
     """
-    start = time.monotonic()
+    began = time.monotonic()
     embedding = target.embed([0])
     draft = TorchDraft.load(request.draft_path, dtype=embedding.dtype, device=embedding.device)
     propose = draft_proposer(draft, target)
     prompts = [prompt_of(index.sample(position), processor) for position in request.samples]
     stop = processor.eos_token_ids
-    generated = speculate(target, propose, prompts, stop, request.max_new_tokens)
-    alone = _greedy_once(target, index, request, prompts, stop)
+    if request.temperature > 0:
+        from feature_bridge.sampling import draft_distributions, speculate_sampled  # which builds upon this module
+
+        distributions = draft_distributions(draft, target, request.temperature)
+        options = {"temperature": request.temperature, "seed": request.seed}
+        generated = speculate_sampled(target, distributions, prompts, stop, request.max_new_tokens, **options)
+        alone = [()] * len(prompts)  # another draw of the target would be another text
+    else:
+        generated = speculate(target, propose, prompts, stop, request.max_new_tokens)
+        alone = _greedy_once(target, index, request, prompts, stop)
     return Decoded(
         request_id=request.request_id,
         samples=tuple(
             DecodedSample(sample=position, tokens=g.tokens, target_tokens=tokens, accept_lens=g.accept_lens)
             for position, g, tokens in zip(request.samples, generated, alone, strict=True)
         ),
-        seconds=time.monotonic() - start,
+        seconds=time.monotonic() - began,
     )
 
 
@@ -101,7 +109,9 @@ class Generated:
 
 
 @dataclass(eq=False)
-class _Conversation:
+class Conversation:
+    """One answer while it is generated."""
+
     prompt: Request
     limit: int  # tokens it may generate
     answer: list[int] = field(default_factory=list)
@@ -138,7 +148,7 @@ def speculate(
       stop: token ids that end a turn. A placeholder of a picture ends it as well: a target cannot read it as text.
       max_new_tokens: of each answer.
     """
-    conversations = _start(target, prompts, max_new_tokens)
+    conversations = start(target, prompts, max_new_tokens)
     placeholders = placeholder_ids(target.config)
     stop = placeholders | set(stop)
     _prefill(target, conversations, stop)
@@ -160,7 +170,7 @@ def greedy(
     target: Target, prompts: Sequence[Request], stop: Collection[int], max_new_tokens: int
 ) -> list[tuple[int, ...]]:
     """The target's own greedy answers, a token an extend, without any draft. Arguments as of `speculate`."""
-    conversations = _start(target, prompts, max_new_tokens)
+    conversations = start(target, prompts, max_new_tokens)
     stop = placeholder_ids(target.config) | set(stop)
     while active := [c for c in conversations if not c.stopped]:
         requests = [c.request(c.tokens) for c in active]
@@ -193,19 +203,20 @@ def draft_proposer(draft: TorchDraft, target: Target) -> Proposer:
     return propose
 
 
-def _start(target: Target, prompts: Sequence[Request], max_new_tokens: int) -> list[_Conversation]:
+def start(target: Target, prompts: Sequence[Request], max_new_tokens: int) -> list[Conversation]:
+    """A conversation a prompt, none of them answered; the target's context is a limit as well."""
     limits = [min(max_new_tokens, target.max_tokens - len(prompt.tokens)) for prompt in prompts]
     assert all(limit > 0 for limit in limits), "a prompt fills the target's whole context"
-    return [_Conversation(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    return [Conversation(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
 
 
-def _usable(proposal: list[int], conversation: _Conversation, placeholders: Collection[int]) -> list[int]:
+def _usable(proposal: list[int], conversation: Conversation, placeholders: Collection[int]) -> list[int]:
     """What of a proposal can be verified: not beyond the limit, and no placeholder, which is never accepted."""
     wrong = (k for k, token in enumerate(proposal) if token in placeholders)
     return proposal[: min(conversation.limit - len(conversation.answer), next(wrong, len(proposal)))]
 
 
-def _prefill(target: Target, conversations: list[_Conversation], stop: Collection[int]) -> None:
+def _prefill(target: Target, conversations: list[Conversation], stop: Collection[int]) -> None:
     prompts = [c.prompt for c in conversations]
     for c, (features, choices) in zip(conversations, _extend(target, prompts, [1] * len(prompts)), strict=True):
         c.append(choices, stop)

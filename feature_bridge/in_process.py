@@ -54,11 +54,23 @@ class InProcessClient:
         self._ring.release(slot, generation)
 
     def decode(
-        self, draft_path: str, samples: Sequence[int], max_new_tokens: int, timeout: float | None = None
+        self,
+        draft_path: str,
+        samples: Sequence[int],
+        max_new_tokens: int,
+        timeout: float | None = None,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> Decoded:
         self._request_id += 1
         request = Decode(
-            request_id=self._request_id, draft_path=draft_path, samples=tuple(samples), max_new_tokens=max_new_tokens
+            request_id=self._request_id,
+            draft_path=draft_path,
+            samples=tuple(samples),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
         )
         try:
             return self._worker.decode(request)

@@ -88,10 +88,10 @@ class RestartingClient:
             client.close()
 
     def decode(
-        self, draft_path: str, samples: Sequence[int], max_new_tokens: int, timeout: float = math.inf
+        self, draft_path: str, samples: Sequence[int], max_new_tokens: int, timeout: float = math.inf, **sampling: Any
     ) -> Decoded:
         """See `Client.decode`."""
-        return self._again(lambda client: client.decode(draft_path, samples, max_new_tokens, timeout))
+        return self._again(lambda client: client.decode(draft_path, samples, max_new_tokens, timeout, **sampling))
 
     def check(
         self,

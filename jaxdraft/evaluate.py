@@ -1,6 +1,6 @@
 """How much a draft gets accepted on held-out conversations: teacher-forced, replayed, and really decoded.
 
-    python -m jaxdraft.evaluate --draft DIR --config NAME [--output FILE] [--any.field value ...]
+    python -m jaxdraft.evaluate --draft DIR --config NAME [--output FILE] [--temperature T] [--any.field value ...]
 
 - teacher-forced: every anchor of every answer, as in training; blocks whose B-1 slots are all supervised.
 - replayed: the anchors that greedy decoding visits (`jaxdraft.replay`); exact where the answers are the target's own.
@@ -30,7 +30,7 @@ from rich.table import Table
 from jaxdraft.cli import parse_args, run_command
 from jaxdraft.config import Config
 from jaxdraft.convert import load_draft
-from jaxdraft.eval_result import Answer, DecodeResult, EvalResult, summarise
+from jaxdraft.eval_result import Answer, DecodeResult, EvalResult, finite, summarise
 from jaxdraft.export import check_target
 from jaxdraft.features import Bridge, BridgeError, FeatureStream, Slot, open_bridge
 from jaxdraft.losses import LossSums
@@ -38,6 +38,7 @@ from jaxdraft.model.tensors import from_tensors
 from jaxdraft.objective import Frozen, Params, Predictions
 from jaxdraft.run import make_plan, write_json
 from jaxdraft.target import load_frozen, open_target
+from jaxdraft.tau_table import expected_speedup, tau_table
 from jaxdraft.train_step import StepConfig, make_eval_step
 
 __all__ = ["DecodeResult", "EvalResult", "choose_samples", "decode_with", "evaluate_batches", "evaluate_draft"]
@@ -147,17 +148,23 @@ def choose_samples(result: EvalResult, num_images: Int[np.ndarray, " samples"], 
     return tuple(sorted(sample for _, _, sample in turns[:number]))
 
 
-def decode_with(bridge: Bridge, directory: str | Path, samples: Sequence[int], max_new_tokens: int) -> DecodeResult:
-    """Speculative decoding of these held-out conversations with an exported draft, in the bridge."""
-    decoded = bridge.decode(str(Path(directory).resolve()), samples, max_new_tokens)
+def decode_with(
+    bridge: Bridge, directory: str | Path, samples: Sequence[int], max_new_tokens: int, *, temperature: float = 0.0
+) -> DecodeResult:
+    """Speculative decoding of these held-out conversations with an exported draft, in the bridge; 0: greedily."""
+    decoded = bridge.decode(str(Path(directory).resolve()), samples, max_new_tokens, temperature=temperature)
     return DecodeResult(decoded.samples, max_new_tokens)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def evaluate_draft(directory: str | Path, config: Config, console: Console) -> dict[str, Any]:
+def evaluate_draft(
+    directory: str | Path, config: Config, console: Console, *, temperature: float = 0.0
+) -> dict[str, Any]:
     """Evaluate a draft on disk with the target and the held-out data of a config; its own `draft` part is not read.
+
+    With a temperature above 0 the same conversations are decoded once more, sampled.
 
     Raises:
       ValueError: no such draft, or one that does not fit the target or what the bridge captures.
@@ -188,11 +195,16 @@ def evaluate_draft(directory: str | Path, config: Config, console: Console) -> d
         console.print(
             f"{len(result.answers)} answers in {len(plan.eval_rows)} held-out rows; now decoding", highlight=False
         )
-        decoded = None
+        decoded, num_images = None, np.frombuffer(table.num_images, np.uint8)
+        summary = {"draft": str(directory), "target_backend": bridge.ready.target.backend}
         if config.num_decode:
-            samples = choose_samples(result, np.frombuffer(table.num_images, np.uint8), config.num_decode)
+            samples = choose_samples(result, num_images, config.num_decode)
             decoded = decode_with(bridge, directory, samples, config.max_new_tokens)
-        return summarise(result, decoded) | {"draft": str(directory), "target_backend": bridge.ready.target.backend}
+            if temperature > 0:
+                sampled = decode_with(bridge, directory, samples, config.max_new_tokens, temperature=temperature)
+                summary |= {"temperature": temperature, "tau_sampled": finite(sampled.tau)}
+        table = [dataclasses.asdict(bucket) for bucket in tau_table(result, num_images)]
+        return summarise(result, decoded) | summary | {"tau_table": table}
 
 
 def check_capture(directory: str | Path, capture: str) -> None:
@@ -224,7 +236,21 @@ def print_evaluation(console: Console, summary: dict[str, Any]) -> None:
     if summary["num_decoded"]:
         mean = f"{summary['num_decoded']} conversations; mean of theirs {number(summary['tau_decoded_mean'])}"
         table.add_row("decoded", number(summary["tau_decoded"]), mean)
+    if "tau_sampled" in summary:
+        table.add_row("sampled", number(summary["tau_sampled"]), f"at temperature {summary['temperature']:g}")
     console.print(table)
+    buckets = Table(title="tau of the replay, with 95 % intervals over conversations", title_justify="left")
+    for name in ("", "conversations", "verify calls", "tau", "interval"):
+        buckets.add_column(name, justify="right" if name else "left")
+    for bucket in summary["tau_table"]:
+        buckets.add_row(
+            f"{bucket['kind']} {bucket['name']}".strip(),
+            str(bucket["conversations"]),
+            str(bucket["calls"]),
+            f"{bucket['tau']:.2f}",
+            f"{bucket['low']:.2f} - {bucket['high']:.2f}",
+        )
+    console.print(buckets)
     slots = Table(title="share of blocks in which a slot is accepted", title_justify="left")
     for k in range(1, len(summary["slot_acceptance"]) + 1):
         slots.add_column(str(k), justify="right")
@@ -254,6 +280,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--draft", metavar="DIR", help="directory of an exported draft")
     parser.add_argument("--output", metavar="FILE", help="JSON file to write; default: DIR/evaluation.json")
+    parser.add_argument("--temperature", type=float, default=0.0, help="decode once more, sampled; default: 0, do not")
+    for name, what in (
+        ("target", "decoding one token by the target alone"),
+        ("draft", "one block of the draft"),
+        ("verify", "the target's pass over a block"),
+    ):
+        parser.add_argument(f"--{name}-step", type=float, metavar="MS", help=f"measured time of {what}")
     own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(rest):
         parser.print_help()
@@ -261,9 +294,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_args(rest)
     if own.draft is None:
         raise ValueError("--draft is missing; give the directory of an exported draft")
+    if own.temperature < 0:
+        raise ValueError(f"--temperature={own.temperature} is negative; give 0 or more")
+    steps = {f"{name}_step": getattr(own, f"{name}_step") for name in ("target", "draft", "verify")}
+    if any(steps.values()) and not all(steps.values()):
+        raise ValueError("an expected speed-up needs --target-step, --draft-step and --verify-step; give all three")
     console = Console()
-    summary = evaluate_draft(own.draft, config, console)
+    summary = evaluate_draft(own.draft, config, console, temperature=own.temperature)
     print_evaluation(console, summary)
+    if any(steps.values()):
+        tau = summary["tau_decoded"] or summary["tau_replay"]
+        summary |= {**steps, "expected_speedup": expected_speedup(tau, **steps)}
+        console.print(f"expected speed-up at these step times: {summary['expected_speedup']:.2f}", highlight=False)
     output = Path(own.output) if own.output else Path(own.draft) / "evaluation.json"
     write_json(output, summary)
     console.print(f"written to {output}", highlight=False)

@@ -1,6 +1,7 @@
 """The whole of `python -m jaxdraft.evaluate` on the embedded target: bridge, frozen head, replay, real decoding."""
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from jaxdraft.cli import load_config
 from jaxdraft.convert import load_draft
-from jaxdraft.evaluate import evaluate_draft, main
+from jaxdraft.evaluate import evaluate_draft, main, print_evaluation
 from jaxdraft.export import export_draft
 from jaxdraft.model.dflash import init_params
 from jaxdraft.model.tensors import to_tensors
@@ -52,7 +53,7 @@ def directory(config, tmp_path_factory):
 
 
 def test_evaluate(config, directory):
-    summary = evaluate_draft(directory, config, Console(quiet=True))
+    summary = evaluate_draft(directory, config, Console(quiet=True), temperature=0.8)
     assert summary["num_decoded"] == 3
     assert summary["lossless"] is True
     assert summary["replay_compared"] == summary["replay_identical"] == 3  # the recorded answers are the target's own
@@ -60,6 +61,30 @@ def test_evaluate(config, directory):
     for name in ("tau_teacher_forced", "tau_replay", "tau_decoded"):
         assert 1 <= summary[name] < 1.5  # an untrained draft
     assert len(summary["slot_acceptance"]) == config.draft.block_size - 1
+    whole = summary["tau_table"][0]
+    assert (whole["kind"], whole["tau"]) == ("all", pytest.approx(summary["tau_replay"]))
+    assert {bucket["kind"] for bucket in summary["tau_table"]} == {"all", "modality", "position", "length"}
+    assert (summary["temperature"], 1 <= summary["tau_sampled"] < 2) == (0.8, True)
+    console = Console(record=True, width=120, file=io.StringIO())
+    print_evaluation(console, summary)
+    text = console.export_text()
+    for words in ("modality several pictures", "position 0-31", "at temperature 0.8", "interval"):
+        assert words in text
+
+
+def test_the_expected_speedup(config, monkeypatch, tmp_path, capsys):
+    summary = {
+        "draft": "d", "tau_teacher_forced": 3.0, "tau_replay": 3.0, "tau_decoded": 4.0, "num_decoded": 0,
+        "slot_acceptance": [], "accept_len": 2.0, "loss": 1.0, "accuracy": 0.5, "lossless": None, "tau_table": [],
+    }  # fmt: skip
+    monkeypatch.setattr("jaxdraft.evaluate.evaluate_draft", lambda *_, **__: dict(summary))
+    monkeypatch.setattr("jaxdraft.evaluate.parse_args", lambda _: config)
+    command = ["--draft", "d", "--output", str(tmp_path / "e.json"), "--target-step", "10", "--draft-step", "2"]
+    assert main([*command, "--verify-step", "14"]) == 0
+    assert "expected speed-up at these step times: 2.50" in capsys.readouterr().out
+    assert json.loads((tmp_path / "e.json").read_text())["expected_speedup"] == 2.5
+    with pytest.raises(ValueError, match="give all three"):
+        main(command)
 
 
 def test_refuses_a_draft_of_another_target(config, directory, tmp_path):

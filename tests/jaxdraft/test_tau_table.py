@@ -1,0 +1,96 @@
+"""Tau by bucket: every verify call is counted once, in the right one; intervals that mean what they say."""
+
+import numpy as np
+import pytest
+
+from jaxdraft.eval_result import Answer, EvalResult
+from jaxdraft.tau_table import (
+    LENGTHS,
+    POSITIONS,
+    bootstrap_ratio,
+    expected_speedup,
+    replayed_calls,
+    span_name,
+    tau_table,
+)
+
+BLOCK_SIZE = 6
+
+
+@pytest.fixture(scope="module")
+def result():
+    rng = np.random.default_rng(7)
+    answers = []
+    for sample in range(40):
+        for turn in range(1 + sample % 2):
+            length = int(rng.choice([1, 2, 30, 90, 600]))
+            lens = np.minimum(rng.integers(0, BLOCK_SIZE, length), np.arange(length)[::-1])
+            answers.append(Answer(sample, turn == sample % 2, rng.integers(0, 9, length), lens))
+    return EvalResult(
+        block_size=BLOCK_SIZE, loss=1.0, accuracy=0.5, slot_accuracy=(), accept_counts=(), answers=tuple(answers)
+    )
+
+
+@pytest.fixture(scope="module")
+def num_images():
+    return np.arange(40, dtype=np.uint8) % 4
+
+
+def test_every_call_is_in_one_bucket_of_a_kind(result, num_images):
+    table = tau_table(result, num_images)
+    (whole,) = [b for b in table if b.kind == "all"]
+    assert whole.tau == pytest.approx(result.tau_replay)
+    for kind in ("modality", "position", "length"):
+        buckets = [b for b in table if b.kind == kind]
+        assert len(buckets) > 2
+        assert sum(b.calls for b in buckets) == whole.calls
+        assert sum(b.calls * b.tau for b in buckets) == pytest.approx(whole.calls * whole.tau)
+    assert [b.name for b in table if b.kind == "modality"] == ["text", "one picture", "several pictures"]
+    assert sum(b.conversations for b in table if b.kind == "modality") == whole.conversations
+    for bucket in table:
+        assert bucket.low <= bucket.tau <= bucket.high
+
+
+def test_calls_are_those_of_the_replay():
+    answer = Answer(3, True, np.arange(7), np.array([2, 9, 9, 1, 9, 5, 9]) % 6)
+    # The anchor 0 takes 2 and the bonus; 3 takes 1 and the bonus; 5 takes the last token, and there is no bonus.
+    calls = replayed_calls([answer], BLOCK_SIZE)
+    assert [(c.position, c.generated) for c in calls] == [(0, 3), (3, 2), (5, 1)]
+    assert {(c.sample, c.length) for c in calls} == {(3, 7)}
+    assert replayed_calls([Answer(0, True, np.arange(1), np.zeros(1, int))], BLOCK_SIZE) == []
+
+
+def test_a_bucket_measures_its_own_answers(num_images):
+    """Answers about pictures are never accepted, others always: a wrong bucket would mix them."""
+    answers = [Answer(s, True, np.arange(61), np.full(61, 0 if num_images[s] else 5)) for s in range(40)]
+    result = EvalResult(
+        block_size=BLOCK_SIZE, loss=0.0, accuracy=0.0, slot_accuracy=(), accept_counts=(), answers=tuple(answers)
+    )
+    taus = {b.name: (b.tau, b.low, b.high) for b in tau_table(result, num_images) if b.kind == "modality"}
+    assert taus == {"text": (6.0, 6.0, 6.0), "one picture": (1.0, 1.0, 1.0), "several pictures": (1.0, 1.0, 1.0)}
+
+
+def test_names_of_spans():
+    assert [span_name(v, POSITIONS) for v in (0, 31, 32, 511, 512, 9999)] == [
+        "0-31", "0-31", "32-127", "128-511", "512+", "512+",
+    ]  # fmt: skip
+    assert span_name(1023, LENGTHS) == "256-1023"
+
+
+def test_the_interval_covers_the_truth():
+    """Conversations of one true ratio: about 95 of 100 intervals hold it. Calls of a conversation go together."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        calls = rng.integers(5, 60, 80).astype(float)
+        own = rng.normal(3.0, 0.5, 80)  # a conversation's own tau
+        low, high = bootstrap_ratio(calls * own, calls, resamples=400, seed=trial)
+        covered += low <= 3.0 <= high
+    assert 178 <= covered <= 199
+    assert bootstrap_ratio(np.array([4.0]), np.array([2.0])) == (2.0, 2.0)
+
+
+def test_speedup():
+    assert expected_speedup(4.0, target_step=10.0, draft_step=2.0, verify_step=12.0) == pytest.approx(40 / 14)
+    with pytest.raises(ValueError, match="--draft-step=0"):
+        expected_speedup(4.0, target_step=10.0, draft_step=0, verify_step=12.0)
