@@ -29,7 +29,7 @@ def get_config() -> Config:
         optim=OptimConfig(learning_rate=4e-3, warmup_ratio=0.04, clip_norm=1.0),
         compute_dtype="float32",
         rows_per_device=1,
-        epochs=6,
+        epochs=5,
         eval_interval=1000,
         save_interval=250,
         log_interval=20,

@@ -78,11 +78,9 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     table.add_column("")
     table.add_column("tau", justify="right")
     table.add_column("how")
-    table.add_row(
-        "teacher-forced", tau("tau_teacher_forced"), "every block of the target's answers, bonus token included"
-    )
-    table.add_row("replayed", tau("tau_replay"), "the blocks that greedy decoding would visit")
-    table.add_row("decoded", tau("tau_decoded"), f"real speculative decoding of {summary['num_decoded']} conversations")
+    table.add_row("teacher-forced", tau("tau_teacher_forced"), "every block of every answer")
+    table.add_row("replayed", tau("tau_replay"), "the blocks that decoding visits")
+    table.add_row("decoded", tau("tau_decoded"), f"{summary['num_decoded']} conversations, for real")
     table.add_row("decoded, first checkpoint", tau("tau_decoded_first"), f"step {summary['first_step']}")
     console.print(table)
     if summary["lossless"] is not None:
