@@ -6,6 +6,7 @@ Dim suffixes: r rows, s tokens of a row, n blocks, b slots, k predicted slots (b
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from jaxdraft.losses import LossConfig, LossSums, accept_lengths, block_labels, loss_sums, num_samples
 from jaxdraft.model.dflash import DraftConfig, bind, block_input_embeddings
 from jaxdraft.ops.linear_cross_entropy import linear_cross_entropy
+from jaxdraft.sharding import per_device
 
 Params = dict[str, Array]
 
@@ -98,13 +100,17 @@ def predict(
     labels = block_labels(
         batch.tokens, batch.loss_mask, batch.segment_start, batch.num_tokens, anchors, valid, draft.block_size
     )
-    nll, predicted = linear_cross_entropy(
-        hidden_rnbh[:, :, 1:].reshape(len(anchors), -1, draft.hidden_size),
-        frozen.head.astype(hidden_rnbh.dtype),
-        labels.tokens.reshape(len(anchors), -1),
+    cross_entropy = functools.partial(
+        linear_cross_entropy,
         multiplier=draft.output_multiplier,
         softcap=draft.final_logit_softcapping,
         chunk_tokens=head_chunk_tokens,
+    )
+    rows = ("rows",)
+    nll, predicted = per_device(cross_entropy, [rows, ("vocab",), rows], [rows, rows], auto="tensor")(
+        hidden_rnbh[:, :, 1:].reshape(len(anchors), -1, draft.hidden_size),
+        frozen.head.astype(hidden_rnbh.dtype),
+        labels.tokens.reshape(len(anchors), -1),
     )
     nll, predicted = (x.reshape(labels.tokens.shape) for x in (nll, predicted))
     hits = labels.inside & (predicted == labels.tokens)

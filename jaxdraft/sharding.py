@@ -1,9 +1,16 @@
-"""The one place that maps logical axis names to mesh axes."""
+"""The one place that maps logical axis names to mesh axes.
+
+Rows lie over data x fsdp, parameters and optimizer state over fsdp and tensor, the frozen matrices over the vocabulary on
+tensor, and features over their tokens on tensor. XLA derives everything else. `per_device` is for what it should not
+partition by itself: kernels, and loops whose length depends on a device's own rows.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import jax
 import numpy as np
@@ -17,13 +24,13 @@ class ShardingRules:
     """Mesh axis (or axes) of each logical axis; None replicates."""
 
     embed: str | None = "fsdp"
-    features: str | None = None
+    features: str | None = None  # K·H, the width of the features
     heads: str | None = "tensor"
     kv_heads: str | None = "tensor"
     mlp: str | None = "tensor"
     vocab: str | None = "tensor"
     rows: tuple[str, ...] = ("data", "fsdp")
-    context: str | None = None
+    context: str | None = "tensor"  # tokens of the features: a tensor group shares a row
 
     def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes."""
@@ -58,3 +65,69 @@ def shardings(
     """The sharding of each named array from its logical axes."""
     rules = rules or ShardingRules()
     return {name: NamedSharding(mesh, rules.spec(axes)) for name, axes in axes_of.items()}
+
+
+Axes = Sequence[str | None]
+
+
+def on_mesh(mesh: Mesh | None) -> Callable[[Callable], Callable]:
+    """Decorates a function to be jitted: `constrain` and `per_device` in it refer to this mesh; they do nothing without.
+
+    Unlike `jax.set_mesh`, which goes around the call, it leaves one function both with a mesh and without in a process.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def traced(*args):
+            with nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*args)
+
+        return traced
+
+    return decorate
+
+
+def constrain(x: jax.Array, axes: Axes) -> jax.Array:
+    """`x`, laid out as these logical axes say."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, ShardingRules().spec(axes))
+
+
+def per_device(
+    function: Callable, in_axes: Sequence[Axes], out_axes: Axes | Sequence[Axes], *, auto: str | None = None
+):
+    """`function`, run by every device on its own part of the arguments (`jax.shard_map`).
+
+    Args:
+      function: of arrays, to arrays; must not mix rows.
+      in_axes, out_axes: logical axes of each argument and result, () for one that is whole everywhere.
+      auto: mesh axis that XLA still partitions inside.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    manual = {name for name, size in mesh.shape.items() if name != auto or size == 1}
+    rules = ShardingRules()
+    # An axis of size 1 goes with the rows: the backward pass would sum over it otherwise, a collective for nothing.
+    trivial = tuple(name for name, size in mesh.shape.items() if size == 1 and name not in rules.rows)
+    rules = dataclasses.replace(rules, rows=rules.rows + trivial)
+
+    def spec(axes: Axes) -> PartitionSpec:
+        entries = (getattr(rules, axis) if axis else None for axis in axes)
+        return PartitionSpec(*(None if entry == auto or entry in trivial else entry for entry in entries))
+
+    one = not out_axes or not isinstance(out_axes[0], (tuple, list))
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=tuple(map(spec, in_axes)),
+        out_specs=spec(out_axes) if one else tuple(map(spec, out_axes)),
+        axis_names=manual,
+        check_vma=False,  # kernels do not say along which axes their outputs vary
+    )
+
+
+def frozen_sharding(mesh: Mesh) -> NamedSharding:
+    """Of the frozen embedding and head: over the vocabulary."""
+    return NamedSharding(mesh, ShardingRules().spec(("vocab", None)))

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdraft.model.layers import BlockGeometry, DecoderLayer, norm_scale, parameter, project, rms_norm, rope_table
+from jaxdraft.sharding import constrain
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -180,9 +181,14 @@ class DFlashDraft(nnx.Module):
         self.norm = norm_scale(h, param_dtype)
 
     def context(self, features: Float[Array, "r s kh"]) -> Float[Array, "r s h"]:
-        """c = hidden_norm(fc(features)), in the compute dtype; every layer's keys and values project it."""
+        """c = hidden_norm(fc(features)), in the compute dtype; every layer's keys and values project it.
+
+        Where devices share a row, each works on its slice of the tokens, and only c is gathered.
+        """
+        features = constrain(features, ("rows", "context", None))
         c_rsh = project("rsf,fh->rsh", features.astype(self.dtype), self.fc[...])
-        return rms_norm(c_rsh, self.hidden_norm[...], self.config.rms_norm_eps)
+        c_rsh = constrain(rms_norm(c_rsh, self.hidden_norm[...], self.config.rms_norm_eps), ("rows", "context", None))
+        return constrain(c_rsh, ("rows", None, None))
 
     def __call__(
         self,

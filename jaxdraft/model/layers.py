@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdraft.ops.block_attention import block_attention
+from jaxdraft.sharding import per_device
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], stddev: float, dtype) -> nnx.Param:
@@ -134,7 +135,15 @@ class Attention(nnx.Module):
         k_rnbkd = apply_rope(rms_norm(k_rnbkd, self.k_norm[...], self.eps), geometry.block_rope)
         k_rskd = apply_rope(rms_norm(k_rskd, self.k_norm[...], self.eps), geometry.context_rope)
 
-        out_rnbqd = block_attention(
+        attend = functools.partial(
+            block_attention, causal=self.causal, scale=q_rnbqd.shape[-1] ** -0.5, implementation=implementation
+        )
+        queries, context, block = (
+            ("rows", None, None, "heads", None),
+            ("rows", None, "kv_heads", None),
+            ("rows", None, None, "kv_heads", None),
+        )
+        out_rnbqd = per_device(attend, [queries, context, context, block, block, *[("rows",)] * 3], queries)(
             q_rnbqd,
             k_rskd,
             v_rskd,
@@ -143,9 +152,6 @@ class Attention(nnx.Module):
             geometry.sliding_start if self.sliding else geometry.start,
             geometry.end,
             geometry.valid,
-            causal=self.causal,
-            scale=q_rnbqd.shape[-1] ** -0.5,
-            implementation=implementation,
         )
         return project("rnbqd,qdh->rnbh", out_rnbqd, self.o_proj[...])
 
