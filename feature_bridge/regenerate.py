@@ -1,0 +1,388 @@
+"""Rewrites the assistant turns of a data set with the target's own answers, through an OpenAI-compatible server.
+
+    python -m jaxdraft.regenerate --data FILE --output FILE --server http://HOST:PORT [--temperature T] ...
+
+A draft learns to guess what its target says, so it should see what the target says: greedily, unless a temperature is
+given. A conversation is answered turn by turn, every answer in the history of the next. What is answered goes at once
+into OUTPUT.journal; the same command again goes on from there, whatever ended the one before. When all is answered the
+journal becomes OUTPUT, in the order of the data.
+
+Needs httpx, and neither torch nor SGLang: the server may run anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import fcntl
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from feature_bridge import conversations, media
+from feature_bridge.conversations import Conversation
+from feature_bridge.media import Media, SampleError
+from feature_bridge.sources import Source, open_source
+
+RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP status that may pass
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
+PROGRESS_S = 10.0
+_MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What is asked of the server for every answer; part of the journal's identity."""
+
+    model: str
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 2048
+    extra: dict[str, Any] = field(default_factory=dict)  # more fields of the request
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One assistant turn; `error`: why the server refused it, and the conversation ends before it."""
+
+    row: int
+    turn: int  # among the assistant's
+    content: str = ""
+    reasoning: str = ""
+    error: str = ""
+
+
+class ServerError(Exception):
+    """The server cannot be used: one sentence."""
+
+
+class Journal:
+    """Answers so far, one JSON object a line, the first of them the identity of what is being answered."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]):
+        """Open and read a journal, or begin one. Raises ValueError: it belongs to other data or other sampling."""
+        self.answers: dict[tuple[int, int], Answer] = {}
+        self._file = path.open("ab", buffering=0)  # every line is the kernel's at once: SIGKILL loses none
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path} is being written by another run; wait for it, or end it") from None
+        lines = path.read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]  # a killed run may have left half a line
+        if whole and (found := json.loads(whole[0])) != identity:
+            wrong = next(name for name in identity if found.get(name) != identity[name])
+            raise ValueError(
+                f"{path} was begun with {wrong}={found.get(wrong)!r} and not {identity[wrong]!r}; "
+                "finish it as it was begun, or remove it to start anew"
+            )
+        for line in whole[1:]:
+            answer = Answer(**json.loads(line))
+            self.answers[answer.row, answer.turn] = answer
+        self._file.truncate(sum(map(len, whole)))
+        if not whole:
+            self._file.write(_line(identity))
+
+    def add(self, answer: Answer) -> None:
+        self.answers[answer.row, answer.turn] = answer
+        self._file.write(_line(asdict(answer)))
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+# --- a conversation ---------------------------------------------------------------------------------------------------
+
+Ask = Callable[[list[dict[str, Any]]], Awaitable[dict[str, Any]]]  # messages -> the first choice of a completion
+
+
+async def answer_conversation(conversation: Conversation, row: int, journal: Journal, ask: Ask) -> None:
+    """Ask for every assistant turn that the journal has not; ends early where one is refused or cut off."""
+    history: list[dict[str, Any]] = []
+    images, turn = iter(conversation.images), 0
+    for message in conversation.messages:
+        if message["role"] != "assistant":
+            history.append(message | {"content": _with_pictures(message["content"], images)})
+            continue
+        answer = journal.answers.get((row, turn))
+        if answer is None:
+            answer = read_choice(row, turn, await ask(history))
+            journal.add(answer)
+        if answer.error:
+            return
+        history.append({"role": "assistant", "content": answer.content})
+        turn += 1
+
+
+def read_choice(row: int, turn: int, choice: dict[str, Any]) -> Answer:
+    """An answer the target ended by itself, or why there is none. One that was cut off would teach a wrong end."""
+    if "error" in choice:
+        return Answer(row, turn, error=choice["error"])
+    message = choice["message"]
+    if choice.get("finish_reason") != "stop":
+        return Answer(row, turn, error=f"the answer was cut off ({choice.get('finish_reason')}); raise --max-tokens")
+    if not message.get("content"):
+        return Answer(row, turn, error="the answer is empty")
+    return Answer(row, turn, message["content"], message.get("reasoning_content") or "")
+
+
+def _with_pictures(content: Any, images: Iterator[Media]) -> Any:
+    """The content as an OpenAI server takes it: every picture a data URL."""
+    if isinstance(content, str):
+        return content
+    return [
+        {"type": "image_url", "image_url": {"url": data_url(next(images))}} if part["type"] == "image" else part
+        for part in content
+    ]
+
+
+def data_url(image: Media) -> str:
+    """Raises MediaError: the picture is gone."""
+    if isinstance(image, str) and image.startswith("data:"):
+        return image
+    encoded = media.read(image)
+    kind = next((kind for magic, kind in _MAGIC.items() if encoded.startswith(magic)), "png")
+    return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
+
+
+def rewritten(record: dict[str, Any], conversation: Conversation, answers: Sequence[Answer], folder: Path) -> Any:
+    """The record with the target's answers, in the `messages` form; pictures' paths relative to `folder` if inside it.
+
+    The turns end with the last answer. Other fields of the record stay.
+    """
+    images, given = iter(conversation.images), iter(answers)
+    messages: list[dict[str, Any]] = []
+    last = 0
+    for message in conversation.messages:
+        if message["role"] == "assistant":
+            if (answer := next(given, None)) is None:
+                break
+            reasoning = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
+            messages.append({"role": "assistant", "content": answer.content} | reasoning)
+            last = len(messages)
+        elif isinstance(message["content"], str):
+            messages.append(message)
+        else:
+            parts = [
+                {"type": "image_url", "image_url": {"url": _reference(next(images), folder)}}
+                if part["type"] == "image"
+                else part
+                for part in message["content"]
+            ]
+            messages.append(message | {"content": parts})
+    kept = {k: v for k, v in record.items() if k not in ("messages", "conversations", "images", "image")}
+    return kept | {"messages": messages[:last]}
+
+
+def _reference(image: Media, folder: Path) -> str:
+    if isinstance(image, bytes) or image.startswith("data:"):
+        return data_url(image)
+    path = Path(image)
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+async def regenerate(
+    source: Source, output: Path, journal: Journal, ask: Ask, *, concurrency: int, say: Callable[[str], Any]
+) -> dict[str, int]:
+    """Answer everything that is not answered, `concurrency` conversations at a time, then write `output`; counts.
+
+    Raises:
+      ServerError: the server could not be used. Everything that was answered is in the journal.
+    """
+    rows = iter(range(len(source)))
+    skipped: dict[int, str] = {}
+    done = 0
+    began = shown = time.monotonic()
+    first = len(journal.answers)
+
+    async def work() -> None:
+        nonlocal done, shown
+        for row in rows:  # shared: each row is taken once
+            try:
+                conversation = conversations.parse(source.read(row), source.where(row), source.folder)
+                await answer_conversation(conversation, row, journal, ask)
+            except SampleError as error:
+                skipped[row] = error.reason
+            done += 1
+            if time.monotonic() - shown > PROGRESS_S:
+                shown = time.monotonic()
+                rate = (len(journal.answers) - first) / (shown - began)
+                say(f"{done:,} of {len(source):,} conversations, {rate:.1f} answers/s, {len(skipped):,} skipped")
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(concurrency):
+            group.create_task(work())
+    return write_output(source, output, journal, skipped)
+
+
+def write_output(source: Source, output: Path, journal: Journal, skipped: dict[int, str]) -> dict[str, int]:
+    """OUTPUT and OUTPUT.skipped from a complete journal, in the order of the data, whole or not at all."""
+    lost: list[dict[str, str]] = []
+    counts = {"conversations": 0, "answers": 0, "skipped": 0, "shortened": 0}
+    scratch = output.with_name(f".{output.name}.writing")
+    with scratch.open("wb") as file:
+        for row in range(len(source)):
+            answers = []
+            while (answer := journal.answers.get((row, len(answers)))) is not None and not answer.error:
+                answers.append(answer)
+            reason = skipped.get(row) or (answer.error if answer is not None else "")
+            if not answers:
+                lost.append({"where": source.where(row), "reason": reason})
+                counts["skipped"] += 1
+                continue
+            record = source.read(row)
+            conversation = conversations.parse(record, source.where(row), source.folder)
+            file.write(_line(rewritten(record, conversation, answers, output.resolve().parent)))
+            counts["conversations"] += 1
+            counts["answers"] += len(answers)
+            counts["shortened"] += bool(reason)
+        file.flush()
+        os.fsync(file.fileno())
+    if lost:
+        output.with_name(f"{output.name}.skipped").write_bytes(b"".join(map(_line, lost)))
+    os.replace(scratch, output)
+    return counts
+
+
+class Server:
+    """An OpenAI-compatible server. Use as an async context manager."""
+
+    def __init__(self, url: str, sampling: Sampling, *, retries: int, timeout_s: float, api_key: str | None):
+        import httpx
+
+        self._httpx, self._sampling, self._retries = httpx, sampling, retries
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self._client = httpx.AsyncClient(headers=headers, timeout=timeout_s, limits=limits)
+
+    async def __aenter__(self) -> Server:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.aclose()
+
+    async def model(self) -> str:
+        """The first model that it serves."""
+        return (await self._request("GET", "/models", None)).json()["data"][0]["id"]
+
+    async def ask(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        """The first choice of a chat completion; {"error": ..} for a request that the server will never take."""
+        sampling = self._sampling
+        body = {"model": sampling.model, "messages": messages, "temperature": sampling.temperature}
+        body |= {"top_p": sampling.top_p, "max_tokens": sampling.max_tokens, **sampling.extra}
+        response = await self._request("POST", "/chat/completions", body)
+        if response.status_code != 200:
+            return {"error": f"HTTP {response.status_code}: {' '.join(response.text.split())[:300]}"}
+        return response.json()["choices"][0]
+
+    async def _request(self, method: str, path: str, body: Any) -> Any:
+        """Tries again, each time after a longer wait; raises ServerError when the retries are used up."""
+        for attempt in range(self._retries + 1):
+            try:
+                response = await self._client.request(method, self._url + path, json=body)
+                if response.status_code in (401, 403, 404):
+                    raise ServerError(
+                        f"{self._url}{path} answers HTTP {response.status_code}: check --server and the key"
+                    )
+                if response.status_code not in RETRIED:
+                    return response
+                problem = f"HTTP {response.status_code}"
+            except self._httpx.TransportError as error:
+                problem = f"{type(error).__name__} {error}".strip()
+            if attempt < self._retries:
+                await asyncio.sleep(min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt) * random.uniform(0.5, 1.0))
+        raise ServerError(
+            f"{self._url} did not answer in {self._retries + 1} attempts ({problem}); "
+            "the same command goes on from the last answer"
+        )
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m jaxdraft.regenerate", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="JSONL file or `datasets.save_to_disk` folder")
+    parser.add_argument("--output", required=True, type=Path, help="JSONL file to write")
+    parser.add_argument("--server", required=True, metavar="URL", help="of an OpenAI-compatible server, SGLang's say")
+    parser.add_argument("--model", help="name of the model there; default: the first that it serves")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--max-tokens", type=int, default=2048, help="of an answer; one that is cut off is left out")
+    parser.add_argument("--concurrency", type=int, default=64, help="conversations at a time; default: %(default)s")
+    parser.add_argument("--retries", type=int, default=6, help="of a request that failed; default: %(default)s")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds of one answer; default: %(default)s")
+    parser.add_argument(
+        "--extra",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='more fields of every request, e.g. \'{"chat_template_kwargs": {"enable_thinking": false}}\'',
+    )
+    args = parser.parse_args(argv)
+    problem: BaseException | None = None
+    try:
+        if args.concurrency < 1 or args.max_tokens < 1 or args.retries < 0 or args.temperature < 0:
+            raise ValueError("--concurrency and --max-tokens are at least 1, --retries and --temperature at least 0")
+        if args.output.exists():
+            raise ValueError(f"--output {args.output} is there already; remove it, or give another name")
+        print(json.dumps(asyncio.run(_run(args))))
+    except* (ValueError, ServerError) as errors:
+        problem = errors
+    while isinstance(problem, BaseExceptionGroup):
+        problem = problem.exceptions[0]
+    if problem is not None:
+        print(f"error: {problem}", file=sys.stderr)
+    return 0 if problem is None else 2
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+async def _run(args: argparse.Namespace) -> dict[str, int]:
+    source = open_source(args.data, "--data")
+    key = os.environ.get("OPENAI_API_KEY")
+    options = {"retries": args.retries, "timeout_s": args.timeout, "api_key": key}
+    model = args.model
+    if model is None:
+        async with Server(args.server, Sampling(model=""), **options) as server:
+            model = await server.model()
+    sampling = Sampling(
+        model=model,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_tokens=args.max_tokens,
+        extra=args.extra,
+    )
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    path = args.output.with_name(f"{args.output.name}.journal")
+    with Journal(path, {"data": source.digest, **asdict(sampling)}) as journal:
+        if journal.answers:
+            _say(f"{len(journal.answers):,} answers are in {path} already")
+        async with Server(args.server, sampling, **options) as server:
+            options = {"concurrency": args.concurrency, "say": _say}
+            counts = await regenerate(source, args.output, journal, server.ask, **options)
+    path.unlink()
+    return counts
+
+
+if __name__ == "__main__":
+    sys.exit(main())
