@@ -1,7 +1,7 @@
 """The one place that maps logical axis names to mesh axes.
 
-Rows lie over data x fsdp, parameters and optimizer state over fsdp and tensor, the frozen matrices over the vocabulary on
-tensor, and features over their tokens on tensor. XLA derives everything else. `per_device` is for what it should not
+Rows lie over data x fsdp, parameters and optimizer state over fsdp and tensor, the frozen matrices over the vocabulary
+on tensor, and features over their tokens on tensor. XLA derives everything else. `per_device` is for what it should not
 partition by itself: kernels, and loops whose length depends on a device's own rows.
 """
 
@@ -71,9 +71,9 @@ Axes = Sequence[str | None]
 
 
 def on_mesh(mesh: Mesh | None) -> Callable[[Callable], Callable]:
-    """Decorates a function to be jitted: `constrain` and `per_device` in it refer to this mesh; they do nothing without.
+    """Decorates a function to be jitted: what `constrain` and `per_device` in it refer to; without a mesh, nothing.
 
-    Unlike `jax.set_mesh`, which goes around the call, it leaves one function both with a mesh and without in a process.
+    (`jax.set_mesh` would go around every call instead.)
     """
 
     def decorate(function: Callable) -> Callable:
