@@ -118,14 +118,12 @@ def _download(config: TargetConfig) -> Path:
         ) from error
 
 
-def make_draft_config(options: DraftOptions, target: TargetModel, start: DraftConfig | None = None) -> DraftConfig:
-    """The draft's full shape: the options, then the draft it starts from, then the target.
+def make_draft_config(options: DraftOptions, target: TargetModel) -> DraftConfig:
+    """The full shape of a new draft: the options, and the target's own numbers where they leave it open.
 
     Raises:
       ValueError: a combination that cannot be (see `DraftConfig`).
     """
-    if start is not None:
-        return start
     num_heads = options.num_heads or target.text["num_attention_heads"]
     return DraftConfig(
         hidden_size=target.hidden_size,

@@ -30,6 +30,7 @@ from jaxdraft.config import Config
 from jaxdraft.convert import load_draft
 from jaxdraft.eval_result import EvalResult, finite
 from jaxdraft.evaluate import as_served, evaluate_batches
+from jaxdraft.export import check_target
 from jaxdraft.features import BridgeError, FeatureStream, devices_by_row, memory_use, open_bridge
 from jaxdraft.finish import finish
 from jaxdraft.gpu_memory import check_trainer_fits, claim_gpu_memory, limit_gpu_memory, print_memory
@@ -185,6 +186,13 @@ def choose_draft(config: Config, target: TargetModel) -> tuple[DraftConfig, dict
     if config.draft.init_from is None:
         return make_draft_config(config.draft, target), None
     tensors, draft = load_draft(config.draft.init_from)
+    check_target(draft, target.config)
+    for name in ("num_layers", "block_size"):
+        if getattr(config.draft, name) != getattr(draft, name):
+            raise ValueError(
+                f"draft.{name}={getattr(config.draft, name)} is not that of draft.init_from={config.draft.init_from}; "
+                f"set it to {getattr(draft, name)}"
+            )
     return draft, from_tensors(tensors, draft)
 
 

@@ -90,6 +90,18 @@ def test_same_command_again_only_finishes(finished):
     assert "step 1/9" not in output
 
 
+def test_training_goes_on_from_an_exported_draft(finished):
+    directory, _ = finished
+    exported = directory / "runs" / "small" / "export"
+    code, output = runs.run(
+        directory / "small.py", "--name", "again", "--draft.init-from", str(exported), "--max-steps", "1"
+    )
+    assert code == 0, output[-3000:]
+    first = runs.metrics(directory / "runs" / "again")[1]["loss"]
+    losses = {step: line["loss"] for step, line in runs.metrics(directory / "runs" / "small").items()}
+    assert first < losses[2]
+
+
 @pytest.mark.parametrize(
     ("args", "named"),
     [
