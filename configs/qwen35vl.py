@@ -2,8 +2,7 @@
 
     python -m jaxdraft.train --config qwen35vl.py --data.train-path conversations.jsonl
 
-Answers in the data should be the target's own. One GPU holds target (9 GB), draft with optimizer (9 GB) and activations;
-about 800 K samples and 6 epochs are the published scale.
+Answers in the data should be the target's own; about 800 K samples and 6 epochs are the published scale.
 """
 
 from jaxdraft.config import BridgeConfig, Config, DataConfig, DraftOptions, TargetConfig
@@ -14,7 +13,11 @@ from jaxdraft.optim import OptimConfig
 def get_config() -> Config:
     return Config(
         name="qwen35vl",
-        target=TargetConfig(path="Qwen/Qwen3.5-4B", revision="851bf6e806efd8d0a36b00ddf55e13ccb7b8cd0a", backend="sglang"),
+        target=TargetConfig(
+            path="Qwen/Qwen3.5-4B",
+            revision="851bf6e806efd8d0a36b00ddf55e13ccb7b8cd0a",
+            backend="sglang",
+        ),
         data=DataConfig(
             train_path="data/train.jsonl", eval_fraction=0.002, row_tokens=4096, min_pixels=50176, max_pixels=802816
         ),

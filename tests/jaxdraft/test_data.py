@@ -36,7 +36,8 @@ def test_schedule_numbers_rows_across_epochs_and_pads_the_end():
     schedule = Schedule(lengths, seed=1, epochs=3, row_tokens=100)
     assert len(schedule.rows) == 15  # two samples a row, five rows an epoch
     assert schedule.num_steps(4) == 4
-    assert schedule.row(14) and schedule.row(15) == ()
+    assert schedule.row(14)
+    assert schedule.row(15) == ()
     for epoch in range(3):
         rows = schedule.rows[5 * epoch : 5 * epoch + 5]
         assert sorted(i for row in rows for i in row) == list(range(10))
