@@ -191,6 +191,23 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """Processes of a run on several hosts; one process unless set here, in JAX_... variables or by a scheduler."""
+
+    coordinator_address: str | None = None
+    """HOST:PORT of process 0; None: JAX_COORDINATOR_ADDRESS, or detected."""
+    num_processes: int | None = None
+    """None: JAX_NUM_PROCESSES, or detected."""
+    process_id: int | None = None
+    """None: JAX_PROCESS_ID, or detected."""
+    timeout_s: float = 300.0
+    """Seconds that a process may be missing or hung before the run ends."""
+
+    def __post_init__(self):
+        _require(self.timeout_s >= 2, "distributed.timeout_s", self.timeout_s, "give at least 2 seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Train a DFlash draft."""
 
@@ -206,6 +223,7 @@ class Config:
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     seed: int = 0
     """Of the initial weights, the order of the data and the anchors."""
@@ -223,6 +241,8 @@ class Config:
     """head: blocks may run past a sample's end; pr505: they may not."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the draft's activations; its master weights are float32."""
+    attention: Literal["auto", "mosaic", "xla", "reference"] = "auto"
+    """Implementation of the block attention: auto takes the Hopper kernels where they run, else plain XLA."""
 
     log_interval: int = 10
     """Optimizer steps between two lines of metrics on the screen (every step is in metrics.jsonl)."""

@@ -17,6 +17,9 @@ from jaxdraft.run import Plan
 def print_start(console: Console, config: Config, draft: DraftConfig, ready: Any) -> None:
     """The target that really runs, the draft, and the table of what the index found in the data."""
     target = ready.target
+    attention = (
+        attention_choice(config.compute_dtype, draft.head_dim) if config.attention == "auto" else config.attention
+    )
     console.print(
         f"target  {config.target.path}: {target.num_layers} layers, hidden {target.hidden_size}, "
         f"vocabulary {target.vocab_size}; {target.backend}, {config.target.dtype}",
@@ -28,7 +31,7 @@ def print_start(console: Console, config: Config, draft: DraftConfig, ready: Any
     console.print(
         f"draft   {draft.num_layers} layers, {draft.num_heads}/{draft.num_kv_heads} heads, block {draft.block_size}; "
         f"reads the target's layers {list(draft.target_layer_ids)} ({target.capture}), mask {draft.mask_token_id}; "
-        f"attention {attention_choice(config.compute_dtype, draft.head_dim)}",
+        f"attention {attention}",
         highlight=False,
         soft_wrap=True,
     )
