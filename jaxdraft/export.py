@@ -1,14 +1,16 @@
 """A trained draft as public software loads it: `python -m jaxdraft.export --checkpoint RUN --output DIR`.
 
-The directory holds `model.safetensors` and `config.json` in the form that z-lab, SpecForge, SGLang and vLLM read, and
-`export.json`: where it came from, and hashes. Engines load what they find and say nothing of what is missing, and a
-draft with a wrong tensor only accepts less, so everything is checked here, before the directory gets its name.
+The directory holds `model.safetensors` and `config.json` in the form that z-lab, SpecForge, SGLang and vLLM read,
+`dflash.py`, the model in PyTorch, `README.md`, its card, and `export.json`: where it came from, and hashes. Engines
+load what they find and say nothing of what is missing, and a draft with a wrong tensor only accepts less, so everything
+is checked here, before the directory gets its name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -27,6 +29,7 @@ from jaxdraft.checkpoint import Checkpoints, load_params
 from jaxdraft.cli import parse_options, run_command
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import tensor_table, to_tensors
+from jaxdraft.model_card import model_card
 
 Tensors = Mapping[str, np.ndarray]
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -42,6 +45,7 @@ def export_draft(
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     capture: str = "layer_output",
     provenance: Mapping[str, Any] | None = None,
+    card: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a draft's directory, whole or not at all; an earlier export there is replaced.
 
@@ -53,6 +57,7 @@ def export_draft(
       dtype: of the written tensors.
       capture: what a feature is, "layer_output" or "next_layer_input"; the serving engine has to mean the same.
       provenance: more for `export.json`, for example the run and the step.
+      card: more for the model card: `recipe`, `data` and `summary` of `jaxdraft.model_card.model_card`.
 
     Raises:
       ValueError: a tensor is missing, extra, misshapen, not finite or constant; the draft does not fit the target; or
@@ -72,6 +77,7 @@ def export_draft(
         # "pt" is what transformers insists on; it says nothing about the bytes.
         save_file(written, unfinished / "model.safetensors", metadata={"format": "pt"})
         _write_json(unfinished / "config.json", hf_config(config, target, dtype))
+        shutil.copy(modeling_file(), unfinished / "dflash.py")
         about = {
             "format": EXPORT_FORMAT,
             "jaxdraft": _version(),
@@ -80,14 +86,29 @@ def export_draft(
             "target_layer_ids": list(config.target_layer_ids),
             "draft": dataclasses.asdict(config),
             "tensors": {name: digest(tensor) for name, tensor in written.items()},
-            "sha256": {name: _sha256(unfinished / name) for name in ("model.safetensors", "config.json")},
+            "sha256": {name: _sha256(unfinished / name) for name in ("model.safetensors", "config.json", "dflash.py")},
             **(provenance or {}),
         }
         _write_json(unfinished / "export.json", about)
+        (unfinished / "README.md").write_text(model_card(config, about, **(card or {})))
         _put_in_place(unfinished, directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return directory
+
+
+def modeling_file() -> Path:
+    """The PyTorch model that `auto_map` names. It imports torch: so it is the bridge's, and only copied here."""
+    package = importlib.util.find_spec("feature_bridge")
+    assert package is not None, "both packages are one distribution"
+    (directory,) = package.submodule_search_locations or ()
+    return Path(directory) / "remote_code" / "dflash.py"
+
+
+def write_card(directory: str | Path, config: DraftConfig, **card: Any) -> None:
+    """Write an export's README.md anew, when more is known; `card` as of `model_card.model_card`."""
+    about = json.loads((Path(directory) / "export.json").read_text())
+    (Path(directory) / "README.md").write_text(model_card(config, about, **card))
 
 
 def hf_config(config: DraftConfig, target: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -265,7 +286,15 @@ def export_run(arguments: Arguments) -> Path:
         dtype=arguments.dtype,
         capture=meta["capture"],
         provenance={"run": meta["config"]["name"], "step": meta["step"], "target": target},
+        card={"recipe": meta["config"], "summary": _summary_of(run_dir, meta["step"])},
     )
+
+
+def _summary_of(run_dir: Path, step: int) -> dict[str, Any] | None:
+    """The run's evaluation, where it is one of this step."""
+    file = run_dir / "summary.json"
+    summary = json.loads(file.read_text()) if file.is_file() else {}
+    return summary if summary.get("steps") == step else None
 
 
 def main() -> None:

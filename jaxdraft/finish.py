@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from jaxdraft.checkpoint import Checkpoints
+from jaxdraft.checkpoint import Checkpoints, as_json
 from jaxdraft.config import Config
 from jaxdraft.eval_result import EvalResult, summarise
 from jaxdraft.evaluate import choose_samples, decode_with
-from jaxdraft.export import export_draft
+from jaxdraft.export import export_draft, write_card
 from jaxdraft.features import Bridge
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import to_tensors
@@ -86,5 +86,7 @@ def finish(
         "tau_decoded_first": None if decoded_first is None else decoded_first.tau,
     }
     write_json(run_dir / "summary.json", summary)
+    counts = {split: table.counts for split, table in bridge.ready.indexes.items()}
+    write_card(exported, draft, recipe=as_json(config), data=counts, summary=summary)
     print_summary(console, summary)
     return summary

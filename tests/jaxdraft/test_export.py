@@ -133,7 +133,7 @@ def test_bfloat16_round_trip_is_bit_exact(tmp_path, config):
         assert again[name].dtype == jnp.bfloat16
         np.testing.assert_array_equal(again[name].view(np.uint16), array.view(np.uint16), err_msg=name)
     export_draft(again, read_config, TARGET, tmp_path / "b")
-    for file in ("model.safetensors", "config.json", "export.json"):
+    for file in ("model.safetensors", "config.json", "export.json", "README.md", "dflash.py"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
@@ -242,7 +242,13 @@ def test_replaces_an_export_and_nothing_else(tmp_path):
     export_draft(random_tensors(seed=1), CONFIG, TARGET, directory)
     (directory / "leftover").touch()
     export_draft(random_tensors(seed=2), CONFIG, TARGET, directory)
-    assert sorted(p.name for p in directory.iterdir()) == ["config.json", "export.json", "model.safetensors"]
+    assert sorted(p.name for p in directory.iterdir()) == [
+        "README.md",
+        "config.json",
+        "dflash.py",
+        "export.json",
+        "model.safetensors",
+    ]
     np.testing.assert_array_equal(
         load_draft(directory)[0]["fc.weight"], random_tensors(seed=2)["fc.weight"].astype(jnp.bfloat16)
     )

@@ -1,0 +1,79 @@
+"""What an export carries beside weights: the PyTorch model for trust_remote_code, and the model card."""
+
+import dataclasses
+import json
+
+import pytest
+from test_export import CONFIG, SLIDING, TARGET, random_tensors
+
+from feature_bridge.cpu_stand_ins import torchvision_ops
+from jaxdraft.checkpoint import as_json
+from jaxdraft.config import Config, DataConfig, TargetConfig
+from jaxdraft.export import export_draft, write_card
+from jaxdraft.model_card import model_card
+
+SCALED = dataclasses.replace(
+    CONFIG, input_embedding_scale=1.7, output_multiplier=0.6, final_logit_softcapping=3.0, is_causal=True
+)
+
+
+@pytest.mark.parametrize("config", [CONFIG, SLIDING, SCALED], ids=["full", "sliding", "scaled"])
+def test_the_modeling_file_computes_what_the_bridge_computes(tmp_path, config):
+    """As a stranger loads it: AutoModel and the directory, nothing of this project."""
+    import torch
+
+    torchvision_ops.ensure()
+    from transformers import AutoModel
+
+    from feature_bridge.torch_draft import TorchDraft
+
+    directory = export_draft(random_tensors(config), config, TARGET, tmp_path / "draft", dtype="float32")
+    model, report = AutoModel.from_pretrained(
+        directory, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert "transformers_modules" in type(model).__module__
+    ours = TorchDraft.load(directory, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 19, config.feature_size, generator=generator)
+    target = torch.nn.Module()
+    embedding = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+    head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    target.get_input_embeddings, target.get_output_embeddings = lambda: embedding, lambda: head
+    tokens = torch.randint(0, 96, (2, 20), generator=generator)
+    block = torch.cat([tokens[:, -1:], torch.full((2, config.block_size - 1), 96)], dim=1)
+    with torch.inference_mode():
+        hidden = model(embedding(block), features)
+        logits = model.compute_logits(hidden, head)
+        for row in range(2):
+            scaled = embedding(block[row]) * (config.input_embedding_scale or 1.0)
+            expected = ours(scaled, features[row])
+            torch.testing.assert_close(hidden[row], expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(logits[row], ours.scale_logits(head(expected)), rtol=1e-5, atol=1e-5)
+        assert torch.equal(model.propose(target, tokens, features), logits[:, 1:].argmax(-1))
+
+
+def test_the_card_says_what_is_known(tmp_path):
+    directory = export_draft(random_tensors(), CONFIG, TARGET, tmp_path / "draft", provenance={"target": "org/Target"})
+    text = (directory / "README.md").read_text()
+    for words in ("DFlash draft for Target", "--speculative-draft-model-path", "[1, 2, 4] of 7", "Not evaluated", "96"):
+        assert words in text
+    bucket = {"kind": "modality", "name": "text", "conversations": 3, "calls": 9, "tau": 2.5, "low": 2.0, "high": 3.0}
+    summary = {"tau_teacher_forced": 2.25, "tau_replay": 2.5, "tau_decoded": None, "tau_table": [bucket]}
+    config = as_json(Config(name="run", target=TargetConfig(path="t"), data=DataConfig(train_path="d.jsonl")))
+    counts = {"train": {"records": 70, "used": 69}, "eval": {"records": 5}}
+    card = {"recipe": config, "data": counts, "summary": summary}
+    text = (export_draft(random_tensors(), CONFIG, TARGET, directory, card=card) / "README.md").read_text()
+    about = json.loads((directory / "export.json").read_text())
+    assert text == model_card(CONFIG, about, **card)
+    (directory / "README.md").unlink()
+    write_card(directory, CONFIG, **card)
+    assert (directory / "README.md").read_text() == text
+    for words in (
+        "| modality text | 3 | 9 | 2.50 | 2.00 - 3.00 |",
+        "| used | 69 | 0 |",
+        "| replayed, the blocks that greedy decoding visits | 2.500 |",
+        "| optim.learning_rate | 0.0006 |",
+    ):
+        assert words in text
+    assert "really decoded" not in text
