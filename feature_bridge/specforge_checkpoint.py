@@ -1,0 +1,93 @@
+"""A training checkpoint of SpecForge as a draft's directory, to start from with `draft.init_from`.
+
+    python -m feature_bridge.specforge_checkpoint --checkpoint DIR --draft-config FILE --output DIR
+
+SpecForge keeps a draft's weights in a pickle of torch, `training_state.pt` (of it only `draft_state_dict` is read, by
+torch's restricted unpickler), and its shape in the config file that the training was started with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from feature_bridge.torch_draft import read_shape, weight_names
+
+STATE_FILE = "training_state.pt"
+
+
+def convert(checkpoint: Path, draft_config: Path, output: Path) -> Path:
+    """Write `output`: model.safetensors, in the checkpoint's dtype, and config.json.
+
+    Args:
+      checkpoint: a folder with `training_state.pt`, that file, or a run's folder of `..-step<N>` folders: the latest.
+
+    Raises:
+      ValueError: no such checkpoint, one of another kind of draft, weights that are not the config's, or an output that
+        is there already.
+    """
+    state_file = find_state(checkpoint)
+    if output.exists():
+        raise ValueError(f"--output {output} is there already; give another directory")
+    try:
+        config = json.loads(draft_config.read_text())
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {draft_config} or {state_file}: {error}") from error
+    if state.get("strategy") not in (None, "dflash"):
+        raise ValueError(f"{state_file} is of strategy {state['strategy']!r}; only a 'dflash' draft can be converted")
+    shape = read_shape(config)
+    # SpecForge strips its wrapper's prefix when it saves; older releases did not.
+    weights = {name.removeprefix("draft_model."): w for name, w in state.get("draft_state_dict", {}).items()}
+    weights = {name: w.contiguous() for name, w in weights.items() if "rotary_emb" not in name}
+    if wrong := sorted(set(weights) ^ set(weight_names(shape.num_layers))):
+        raise ValueError(
+            f"{state_file} and {draft_config} differ in {len(wrong)} tensors, e.g. {wrong[0]}; give its own"
+        )
+    unfinished = output.with_name(f".{output.name}.writing")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+    (unfinished / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    unfinished.rename(output)
+    return output
+
+
+def find_state(checkpoint: Path) -> Path:
+    """The `training_state.pt` meant. Raises ValueError: there is none."""
+    if checkpoint.is_file():
+        return checkpoint
+    if (checkpoint / STATE_FILE).is_file():
+        return checkpoint / STATE_FILE
+    steps = {p.parent.name.rpartition("-step")[2]: p for p in checkpoint.glob(f"*-step*/{STATE_FILE}")}
+    numbered = {int(step): file for step, file in steps.items() if step.isdigit()}
+    if not numbered:
+        raise ValueError(f"--checkpoint {checkpoint} holds no {STATE_FILE}; give a checkpoint of a SpecForge training")
+    return numbered[max(numbered)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m feature_bridge.specforge_checkpoint", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--draft-config", type=Path, required=True, help="config.json of the draft that was trained")
+    parser.add_argument("--output", type=Path, required=True, help="directory to write")
+    args = parser.parse_args(argv)
+    try:
+        print(f"converted to {convert(args.checkpoint, args.draft_config, args.output)}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
