@@ -1,4 +1,4 @@
-"""A training checkpoint that SpecForge's own manager wrote becomes a draft that a training can start from, bit-exact."""
+"""A training checkpoint that SpecForge's own manager wrote becomes a draft to start a training from, bit-exact."""
 
 import json
 
