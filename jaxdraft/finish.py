@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from jaxdraft.report import print_summary
 from jaxdraft.run import write_json
 from jaxdraft.step_log import StepLog
 from jaxdraft.target import TargetModel
+from jaxdraft.tau_table import tau_table
 
 
 def finish(
@@ -85,6 +87,9 @@ def finish(
         "first_step": first,
         "tau_decoded_first": None if decoded_first is None else decoded_first.tau,
     }
+    if result is not None:
+        num_images = np.frombuffer(bridge.ready.indexes["eval"].num_images, np.uint8)
+        summary["tau_table"] = [dataclasses.asdict(bucket) for bucket in tau_table(result, num_images)]
     write_json(run_dir / "summary.json", summary)
     counts = {split: table.counts for split, table in bridge.ready.indexes.items()}
     write_card(exported, draft, recipe=as_json(config), data=counts, summary=summary)
