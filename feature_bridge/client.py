@@ -34,7 +34,6 @@ from feature_bridge.contracts import (
     RingMemory,
     Row,
     Shutdown,
-    SlotLayout,
 )
 from feature_bridge.cuda_ipc import require_gpu
 from feature_bridge.memory import Producer, attach_memory
@@ -127,7 +126,7 @@ class Client:
         self.ring_bytes = shown.num_bytes
         self._memory = attach_memory(
             spec.transport,
-            SlotLayout(spec.rows_per_slot, spec.row_tokens, self.ready.feature_width, spec.feature_dtype),
+            spec.slot_layout(self.ready.feature_width),
             spec.num_slots,
             shown,
             connection.take_fd,

@@ -66,6 +66,11 @@ class BridgeSpec:
     feature_dtype: Dtype = "bfloat16"
     transport: Literal["shared_memory", "cuda_ipc", "in_process"] = "shared_memory"
     memory_fraction: float | None = None  # of its GPU's memory that the bridge may take; None: what is free
+    feature_slice: tuple[int, int] = (0, 1)  # (i, n): of each row it writes the i-th of n parts of the features
+
+    def slot_layout(self, feature_width: int) -> SlotLayout:
+        part = self.row_tokens // self.feature_slice[1]
+        return SlotLayout(self.rows_per_slot, self.row_tokens, feature_width, self.feature_dtype, part)
 
 
 # --- a slot's bytes ---------------------------------------------------------------------------------------------------
@@ -89,13 +94,15 @@ class Field:
 class SlotLayout:
     """Byte layout of one slot, the whole micro-batch of one device: every field starts at a multiple of 256 bytes.
 
-    tokens [R, S] int32, segment_start [R, S] int32, loss_mask [R, S] uint8, features [R, S, W] feature_dtype.
+    tokens [R, S] int32, segment_start [R, S] int32, loss_mask [R, S] uint8, features [R, S, W] feature_dtype;
+    `feature_tokens` of S where several devices share a row, and each holds the features of its part.
     """
 
     rows: int
     row_tokens: int
     feature_width: int
     feature_dtype: Dtype
+    feature_tokens: int | None = None  # None: all
 
     ALIGNMENT = 256  # DLPack asks for 64 on the CPU, CUDA's allocator gives 256
 
@@ -106,7 +113,7 @@ class SlotLayout:
             ("tokens", "int32", tokens_2d),
             ("segment_start", "int32", tokens_2d),
             ("loss_mask", "uint8", tokens_2d),
-            ("features", self.feature_dtype, (*tokens_2d, self.feature_width)),
+            ("features", self.feature_dtype, (self.rows, self.feature_tokens or self.row_tokens, self.feature_width)),
         )
         placed, offset = [], 0
         for name, dtype, shape in arrays:

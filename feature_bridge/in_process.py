@@ -11,7 +11,7 @@ from feature_bridge.client import BridgeError
 from feature_bridge.contracts import BridgeSpec, Check, Checked, Decode, Decoded, Dtype, Fill, Filled, Row
 from feature_bridge.memory import Producer, create_host_memory
 from feature_bridge.ring import Ring
-from feature_bridge.server import Worker, describe, fill_slot, slot_layout
+from feature_bridge.server import Worker, describe, fill_slot
 
 
 class InProcessClient:
@@ -24,7 +24,7 @@ class InProcessClient:
         self._spec = spec
         self._worker = worker
         self._ring = Ring(spec.num_slots)
-        self._memory, fd = create_host_memory(slot_layout(spec, self.ready.feature_width), spec.num_slots)
+        self._memory, fd = create_host_memory(spec.slot_layout(self.ready.feature_width), spec.num_slots)
         os.close(fd)
         self.ring_bytes = self._memory.num_bytes
         self._request_id = 0

@@ -41,7 +41,6 @@ from feature_bridge.contracts import (
     Release,
     Row,
     Shutdown,
-    SlotLayout,
 )
 from feature_bridge.memory import Producer, SlotMemory, create_memory
 from feature_bridge.ring import Lease, Ring, RingClosed
@@ -71,10 +70,6 @@ def load_worker(path: str) -> Any:
     """The worker class named "module:Class"."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def slot_layout(spec: BridgeSpec, feature_width: int) -> SlotLayout:
-    return SlotLayout(spec.rows_per_slot, spec.row_tokens, feature_width, spec.feature_dtype)
 
 
 def fill_slot(
@@ -112,7 +107,7 @@ def serve(connection: wire.Connection, spec: BridgeSpec, worker_path: str) -> No
     threading.Thread(target=_read, args=(connection, ring, requests), name="reader", daemon=True).start()
 
     worker = load_worker(worker_path)(spec)
-    layout = slot_layout(spec, worker.ready.feature_width)
+    layout = spec.slot_layout(worker.ready.feature_width)
     memory, ring_memory, fds = create_memory(spec.transport, layout, spec.num_slots)
     connection.send(worker.ready)
     connection.send(ring_memory, fds)

@@ -31,7 +31,6 @@ from feature_bridge.contracts import (
     Ready,
     Row,
     Skip,
-    SlotLayout,
     Split,
 )
 from feature_bridge.gpu_memory import target_budget, weight_bytes
@@ -84,7 +83,7 @@ class Worker:
         for stand_in in self.target.info.stand_ins:
             print(f"stand-in on this CPU: {stand_in}", flush=True)
         width = self.target.info.hidden_size * len(spec.target.layer_ids)
-        self._layout = SlotLayout(spec.rows_per_slot, spec.row_tokens, width, spec.feature_dtype)
+        self._layout = spec.slot_layout(width)
         threads = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
         self._background = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
         self._ahead: dict[tuple[Split, int], Future[Prepared]] = {}
@@ -155,7 +154,7 @@ class Worker:
         free, total = torch.cuda.mem_get_info()
         hidden_size = read_text_config(directory)["hidden_size"]
         width = hidden_size * len(spec.target.layer_ids)
-        layout = SlotLayout(spec.rows_per_slot, spec.row_tokens, width, spec.feature_dtype)
+        layout = spec.slot_layout(width)
         return target_budget(
             fraction=spec.memory_fraction,
             total=total,
@@ -215,10 +214,13 @@ class Worker:
                 used.append((sample, span))
         for name, array in (("tokens", tokens), ("loss_mask", loss_mask), ("segment_start", segment_start)):
             out[name].copy_(torch.from_numpy(array))
-        out["features"].zero_()
+        place, parts = self._spec.feature_slice
+        # Devices that share a row: each bridge computes it whole, to find the same faults, and writes its own part.
+        features = out["features"] if parts == 1 else torch.empty_like(out["features"]).repeat(parts, 1)
+        features.zero_()
 
         num_layers = len(self.target.layer_ids)
-        features_skh = out["features"].unflatten(-1, (num_layers, -1))
+        features_skh = features.unflatten(-1, (num_layers, -1))
         for layer, states in enumerate(extend(self.target, [sample for sample, _ in used])):
             for span, part in _runs([span for _, span in used]):
                 features_skh[span, layer] = states[part]
@@ -232,9 +234,11 @@ class Worker:
             if fault is None:
                 good.append(sample.position)
             else:
-                out["features"][span] = 0
+                features[span] = 0
                 out["loss_mask"][span] = 0
                 skipped.append(Skip(where=sample.where, reason=f"sample {sample.sample_id}: {fault}"))
+        if parts > 1:
+            out["features"].copy_(features.chunk(parts)[place])
         return FilledRow(row_id=row.row_id, num_tokens=num_tokens, samples=tuple(good), skipped=tuple(skipped))
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 STATE = "state"
@@ -26,7 +26,8 @@ RESUME_MAY_CHANGE = frozenset({
     "data.train_path", "data.eval_path",
     "data.eval_rows", "data.num_workers", "data.cache_dir", "bridge.transport", "bridge.num_slots", "bridge.python",
     "bridge.verify", "bridge.start_timeout_s", "bridge.request_timeout_s", "bridge.restarts", "bridge.memory_fraction",
-    "trainer.memory_fraction", "mesh.data", "mesh.fsdp", "mesh.tensor", "draft.init_from",
+    "trainer.memory_fraction", "mesh.data", "mesh.fsdp", "mesh.tensor", "draft.init_from", "accumulation",
+    "distributed.coordinator_address", "distributed.num_processes", "distributed.process_id", "distributed.timeout_s",
 })  # fmt: skip
 
 
@@ -89,10 +90,12 @@ class Checkpoints:
         return self._checkpointer.load(step, abstract_state)
 
     def restore_raw(self, step: int) -> dict[str, Any]:
-        """The state as nested dicts, for a reader that has no abstract state (export)."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "sharding info not provided": right, one host reads it all
-            return self._checkpointer.load(step)
+        """The state as nested dicts of numpy arrays, whatever devices saved it, for a reader without an abstract state.
+
+        In a run of several processes all of them must call it, as any other method.
+        """
+        saved = self._checkpointer.metadata(step).metadata
+        return self._checkpointer.load(step, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved))
 
 
 def _steps(directory: Path) -> list[int]:

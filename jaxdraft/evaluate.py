@@ -30,6 +30,7 @@ from rich.table import Table
 from jaxdraft.cli import parse_args, run_command
 from jaxdraft.config import Config
 from jaxdraft.convert import load_draft
+from jaxdraft.distributed import from_host, to_host
 from jaxdraft.eval_result import Answer, DecodeResult, EvalResult, finite, summarise
 from jaxdraft.export import check_target
 from jaxdraft.features import Bridge, BridgeError, FeatureStream, Slot, open_bridge
@@ -58,12 +59,13 @@ def evaluate_batches(
         rows = host_rows(slot)
         anchors_at, accept_len_at = candidates(rows), np.zeros(rows.tokens.shape, np.int32)
         for anchors, valid in anchor_chunks(anchors_at, chunk=-(-anchors_at.shape[1] // 6)):
-            out = eval_step(params, slot.batch, *jax.device_put((anchors, valid)))
-            accept_len, supervised, batch_sums = jax.device_get((out.accept_len, out.supervised, out.sums))
+            out = eval_step(params, slot.batch, *from_host((anchors, valid), slot.batch.tokens.sharding))
+            accept_len, supervised, batch_sums = to_host((out.accept_len, out.supervised, out.sums))
             accept_len_at[np.nonzero(valid)[0], anchors[valid]] = accept_len[valid]
             counts += np.bincount(accept_len[supervised.all(-1)], minlength=block_size)
             sums.append(batch_sums)
-        answers += find_answers(rows, slot.rows, accept_len_at)
+        filled = slot.rows if jax.process_count() == 1 else kept_samples(rows, slot.planned)
+        answers += find_answers(rows, filled, accept_len_at)
         stream.release(slot.filled)  # its outputs are on the host: nothing reads it any more
     total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *sums) if sums else None
     ratios = {} if total is None else jax.device_get(total.metrics())
@@ -87,11 +89,24 @@ class HostRows(NamedTuple):
 
 def host_rows(slot: Slot) -> HostRows:
     batch = slot.batch
-    tokens, start, mask, num_tokens = jax.device_get(
-        (batch.tokens, batch.segment_start, batch.loss_mask, batch.num_tokens)
-    )
+    tokens, start, mask, num_tokens = to_host((batch.tokens, batch.segment_start, batch.loss_mask, batch.num_tokens))
     in_use = np.arange(tokens.shape[1]) < num_tokens[:, None]
     return HostRows(tokens, start, (mask > 0) & in_use)
+
+
+class KeptSamples(NamedTuple):
+    """Of a row: as in `feature_bridge.contracts.FilledRow`, which only the process that filled the row has."""
+
+    samples: tuple[int, ...]
+
+
+def kept_samples(rows: HostRows, planned: Sequence[tuple[int, Sequence[int]]]) -> list[KeptSamples]:
+    """The samples of each row that were not left out: every usable one has supervised tokens."""
+    kept = []
+    for start, supervised, (_, samples) in zip(rows.segment_start, rows.supervised, planned, strict=True):
+        segments = zip(samples, np.unique(start), strict=False)
+        kept.append(KeptSamples(tuple(sample for sample, first in segments if supervised[start == first].any())))
+    return kept
 
 
 @jax.jit

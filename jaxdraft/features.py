@@ -2,7 +2,8 @@
 
     requests --at most num_slots under way--> bridge --Filled--> DLPack view of the slot -> Batch -> step ... -> release
 
-Legend: D local devices, one bridge each; R rows of a slot; the batch has D * R rows (of this process).
+Legend: R rows of a slot. Every local device has a bridge and a ring of its own (`seats`); devices that differ only in
+their place on the mesh's tensor axis share rows, and each gets the features of its part of the tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding
 
 from feature_bridge.client import BridgeError, Client, connect
 from feature_bridge.contracts import BridgeSpec, DataSpec, Filled, FilledRow, Row, TargetSpec
@@ -28,23 +29,43 @@ from feature_bridge.restart import RestartingClient
 from feature_bridge.server import DEFAULT_WORKER, load_worker
 from jaxdraft.config import Config
 from jaxdraft.gpu_memory import jax_memory_limit
-from jaxdraft.objective import Batch
+from jaxdraft.objective import Batch, batch_shardings
 
 __all__ = [
     "Bridge",
     "BridgeError",
     "FeatureStream",
+    "Seat",
     "Slot",
-    "devices_by_row",
     "make_bridge_spec",
     "memory_use",
     "open_bridge",
+    "seats",
 ]
 
 Bridge = Client | RestartingClient | InProcessClient
 
 
-def make_bridge_spec(config: Config, layer_ids: Sequence[int]) -> BridgeSpec:
+class Seat(NamedTuple):
+    """A device and what its slots hold."""
+
+    device: jax.Device
+    rows: int = 0
+    """Which of the micro-batch's groups of R rows."""
+    feature_slice: tuple[int, int] = (0, 1)
+    """(i, n): the i-th of n parts of each row's features."""
+
+
+def seats(mesh: Mesh | None) -> list[Seat]:
+    """This process's devices in the order of their rows; the first local device without a mesh."""
+    if mesh is None:
+        return [Seat(jax.local_devices()[0])]
+    _, fsdp, tensor = mesh.devices.shape
+    placed = (Seat(mesh.devices[d, f, t], d * fsdp + f, (t, tensor)) for d, f, t in np.ndindex(mesh.devices.shape))
+    return [seat for seat in placed if seat.device.process_index == jax.process_index()]
+
+
+def make_bridge_spec(config: Config, layer_ids: Sequence[int], feature_slice: tuple[int, int] = (0, 1)) -> BridgeSpec:
     """What the bridge must know of a run: the target captured at `layer_ids`, the data, the slots."""
     target, data, bridge = config.target, config.data, config.bridge
     return BridgeSpec(
@@ -76,28 +97,27 @@ def make_bridge_spec(config: Config, layer_ids: Sequence[int]) -> BridgeSpec:
         feature_dtype=bridge.feature_dtype,
         transport=bridge.transport,
         memory_fraction=bridge.memory_fraction,
+        feature_slice=feature_slice,
     )
 
 
-def open_bridge(
-    config: Config, layer_ids: Sequence[int], *, log_path: str | Path, device: jax.Device | None = None
-) -> Bridge:
+def open_bridge(config: Config, layer_ids: Sequence[int], *, log_path: str | Path, seat: Seat | None = None) -> Bridge:
     """Starts the bridge and waits until it is ready; a context manager, which closes it.
 
     Args:
       config: of the run.
       layer_ids: target layers to capture, ascending.
       log_path: file that the bridge process writes its output to.
-      device: that will read the slots: where it is a GPU, the bridge sees this one alone. None: the first local one.
+      seat: whose device will read the slots: where it is a GPU, the bridge sees this one alone. None: the first local.
 
     Raises:
       ValueError: the bridge cannot run this config.
       BridgeError: it cannot run this config, says the bridge itself, or it did not start.
     """
-    spec = make_bridge_spec(config, layer_ids)
+    seat = seat or seats(None)[0]
+    device, spec = seat.device, make_bridge_spec(config, layer_ids, seat.feature_slice)
     if spec.transport == "in_process":
         return InProcessClient(spec, load_worker(DEFAULT_WORKER)(spec))
-    device = device or jax.local_devices()[0]
     if spec.transport == "cuda_ipc" and device.platform == "cpu":
         raise ValueError(
             "bridge.transport='cuda_ipc' needs JAX on a GPU, and it runs on the CPU here: install jaxdraft[cuda13] or "
@@ -155,12 +175,13 @@ class Slot(NamedTuple):
     """A micro-batch that lives in borrowed memory until it is released."""
 
     batch: Batch
-    filled: tuple[Filled, ...]  # one for each device
+    filled: tuple[Filled, ...]  # one for each local device
+    planned: Sequence[tuple[int, Sequence[int]]]  # every row of the batch: (row id, samples)
 
     @property
     def rows(self) -> tuple[FilledRow, ...]:
-        """What is in each row of the batch, samples that were left out included."""
-        return tuple(row for filled in self.filled for row in filled.rows)
+        """What is in each row that this process filled, samples that were left out included."""
+        return tuple({row.row_id: row for filled in self.filled for row in filled.rows}.values())
 
 
 class FeatureStream:
@@ -174,19 +195,17 @@ class FeatureStream:
       seconds_waiting: how long `next` has waited for the bridge so far.
     """
 
-    def __init__(
-        self, bridge: Bridge | Sequence[Bridge], requests: Iterable[Request], sharding: Sharding | None = None
-    ):
+    def __init__(self, bridge: Bridge | Sequence[Bridge], requests: Iterable[Request], mesh: Mesh | None = None):
         """
         Args:
-          bridge: one, or one for each local device, in the order of the rows.
-          requests: what to ask for; read `num_slots` ahead.
-          sharding: of the batch, rows over devices; None: everything on the first local device.
+          bridge: one, or one for each seat of the mesh.
+          requests: what to ask for, the rows of all processes; read `num_slots` ahead.
+          mesh: that the batch is for; None: everything on the first local device.
         """
         self._bridges = tuple(bridge) if isinstance(bridge, Sequence) else (bridge,)
-        self._sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
-        self._devices = devices_by_row(self._sharding)
-        assert len(self._devices) == len(self._bridges), "one bridge for each local device"
+        self._seats = seats(mesh)
+        self._mesh = mesh
+        assert len(self._seats) == len(self._bridges), "one bridge for each local device"
         self._requests = iter(requests)
         self._exhausted = False
         self._pending: deque[Request] = deque()  # asked for and not returned
@@ -212,8 +231,8 @@ class FeatureStream:
         self.seconds_waiting += time.perf_counter() - start
 
         request = self._pending.popleft()
-        assert [row.row_id for f in filled for row in f.rows] == [row_id for row_id, _ in request.rows]
-        slot = Slot(self._view(filled), filled)
+        self._check(filled, request)
+        slot = Slot(self._view(filled), filled, request.rows)
         self._borrowed[filled] = slot.batch
         return slot
 
@@ -239,24 +258,42 @@ class FeatureStream:
                 self._exhausted = True
                 return
             rows = [Row(row_id=row_id, samples=tuple(samples)) for row_id, samples in request.rows]
-            per_slot = len(rows) // len(self._bridges)
-            for i, bridge in enumerate(self._bridges):
-                bridge.fill(request.split, rows[i * per_slot : (i + 1) * per_slot])
+            for seat, bridge in zip(self._seats, self._bridges, strict=True):
+                bridge.fill(request.split, rows[self._own(seat, len(rows))])
             self._pending.append(request)
+
+    def _own(self, seat: Seat, num_rows: int) -> slice:
+        """The rows of a seat among those of all processes."""
+        groups = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        per_slot = num_rows // groups
+        return slice(seat.rows * per_slot, (seat.rows + 1) * per_slot)
+
+    def _check(self, filled: tuple[Filled, ...], request: Request) -> None:
+        """Slots hold what was asked for, and devices that share a row agree about its samples."""
+        known: dict[int, FilledRow] = {}
+        for seat, one in zip(self._seats, filled, strict=True):
+            own = request.rows[self._own(seat, len(request.rows))]
+            assert [row.row_id for row in one.rows] == [row_id for row_id, _ in own]
+            for row in one.rows:
+                if known.setdefault(row.row_id, row).samples != row.samples:
+                    raise BridgeError(
+                        f"the bridges that share row {row.row_id} left out different samples of it", kind="failed"
+                    )
 
     def _view(self, filled: tuple[Filled, ...]) -> Batch:
         """The filled slots as one batch of global arrays; the shard of each device is its slot's memory."""
         shards = [
-            _arrays_on(device, bridge, one)
-            for device, bridge, one in zip(self._devices, self._bridges, filled, strict=True)
+            Batch(**_arrays_on(seat.device, bridge, one))
+            for seat, bridge, one in zip(self._seats, self._bridges, filled, strict=True)
         ]
+        if self._mesh is None:
+            return shards[0]
 
-        def assemble(*arrays: jax.Array) -> jax.Array:
-            rows, *rest = arrays[0].shape
-            shape = (rows * self._sharding.num_devices, *rest)
-            return jax.make_array_from_single_device_arrays(shape, self._sharding, list(arrays))
+        def assemble(sharding: NamedSharding, *arrays: jax.Array) -> jax.Array:
+            shape = _global_shape(arrays[0].shape, sharding)
+            return jax.make_array_from_single_device_arrays(shape, sharding, list(arrays))
 
-        return Batch(**jax.tree.map(assemble, *shards))
+        return jax.tree.map(assemble, batch_shardings(self._mesh), *shards)
 
 
 def _arrays_on(device: jax.Device, bridge: Bridge, filled: Filled) -> dict[str, jax.Array]:
@@ -274,7 +311,10 @@ def _arrays_on(device: jax.Device, bridge: Bridge, filled: Filled) -> dict[str, 
     return jax.device_put({**arrays, **small}, device)
 
 
-def devices_by_row(sharding: Sharding) -> list[jax.Device]:
-    """The local devices in the order of the rows they hold."""
-    slices = sharding.addressable_devices_indices_map((sharding.num_devices,))
-    return sorted(slices, key=lambda device: slices[device][0].start or 0)
+def _global_shape(shape: tuple[int, ...], sharding: NamedSharding) -> tuple[int, ...]:
+    """The shape of the array whose shards have this one."""
+    whole = list(shape)
+    for dim, axes in enumerate(sharding.spec):
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            whole[dim] *= sharding.mesh.shape[axis]
+    return tuple(whole)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from jaxdraft.checkpoint import Checkpoints, as_json
 from jaxdraft.config import Config
+from jaxdraft.distributed import is_first
 from jaxdraft.eval_result import EvalResult, summarise
 from jaxdraft.evaluate import choose_samples, decode_with
 from jaxdraft.export import export_draft, write_card
@@ -37,8 +38,10 @@ def finish(
     result: EvalResult | None,
     log: StepLog,
     started: float,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Exports the last checkpoint to RUN/export, decodes held-out conversations, writes and prints the summary.
+
+    Only the first process decodes and returns a summary.
 
     Args:
       result: of the last evaluation; None without held-out data.
@@ -51,24 +54,32 @@ def finish(
     last, first = checkpoints.latest, checkpoints.first
 
     def export(step: int, directory: Path) -> Path:
-        return export_draft(
-            to_tensors(checkpoints.restore_raw(step)["params"], draft),
-            draft,
-            target.config,
-            directory,
-            capture=bridge.ready.target.capture,
-            provenance={"run": config.name, "step": step, "target": config.target.path},
+        params = checkpoints.restore_raw(step)["params"]  # by all processes; the rest by the first alone
+        return (
+            directory
+            if not is_first()
+            else export_draft(
+                to_tensors(params, draft),
+                draft,
+                target.config,
+                directory,
+                capture=bridge.ready.target.capture,
+                provenance={"run": config.name, "step": step, "target": config.target.path},
+            )
         )
 
     exported = export(last, run_dir / "export")
+    decodes = result is not None and config.num_decode > 0
+    baseline = export(first, run_dir / ".first") if decodes and first != last else None
+    if not is_first():
+        return None
     decoded = decoded_first = None
-    if result is not None and config.num_decode:
+    if decodes:
         console.print(f"decoding {config.num_decode} held-out conversations with the target ...")
         num_images = np.frombuffer(bridge.ready.indexes["eval"].num_images, np.uint8)
         samples = choose_samples(result, num_images, config.num_decode)
         decoded = decode_with(bridge, exported, samples, config.max_new_tokens)
-        if first != last:
-            baseline = export(first, run_dir / ".first")
+        if baseline is not None:
             decoded_first = decode_with(bridge, baseline, samples, config.max_new_tokens)
             shutil.rmtree(baseline)
 

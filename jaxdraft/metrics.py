@@ -18,9 +18,12 @@ from tensorboardX import SummaryWriter
 
 
 class MetricsLog:
-    """Writes what happens at each step. Use as a context manager."""
+    """Writes what happens at each step; nothing without a directory. Use as a context manager."""
 
-    def __init__(self, run_dir: Path, *, resume_step: int):
+    def __init__(self, run_dir: Path | None, *, resume_step: int):
+        self._file = self._board = None
+        if run_dir is None:
+            return
         self._file = _cut_back(run_dir / "metrics.jsonl", resume_step).open("a")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1, flush_secs=30)
 
@@ -28,11 +31,14 @@ class MetricsLog:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         """One line: {"step", "split", ...}. Lists (a value a slot) become one TensorBoard curve an element."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
         self._file.flush()
         for name, value in metrics.items():

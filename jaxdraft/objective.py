@@ -10,12 +10,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from jaxdraft.losses import LossConfig, LossSums, accept_lengths, block_labels, loss_sums, num_samples
 from jaxdraft.model.dflash import DraftConfig, bind, block_input_embeddings
 from jaxdraft.ops.linear_cross_entropy import linear_cross_entropy
-from jaxdraft.sharding import per_device
+from jaxdraft.sharding import ShardingRules, per_device
 
 Params = dict[str, Array]
 
@@ -31,6 +32,14 @@ class Batch:
     features: Float[Array, "r s kh"]
     num_tokens: Int[Array, " r"]
     row_ids: Int[Array, " r"]
+
+
+def batch_shardings(mesh: Mesh) -> Batch:
+    """The sharding of every array of a batch: rows over data x fsdp, and the features' tokens over tensor."""
+    rules = ShardingRules()
+    rows = NamedSharding(mesh, rules.spec(("rows",)))
+    whole = {field.name: rows for field in dataclasses.fields(Batch)}
+    return Batch(**whole | {"features": NamedSharding(mesh, rules.spec(("rows", "context")))})
 
 
 @jax.tree_util.register_dataclass

@@ -19,6 +19,7 @@ from jaxtyping import Int
 from jaxdraft.checkpoint import as_json
 from jaxdraft.config import Config
 from jaxdraft.data import Schedule, plan_eval
+from jaxdraft.distributed import is_first, wait_for_all
 from jaxdraft.model.dflash import DraftConfig
 
 VERSIONED = ("jaxdraft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -27,8 +28,9 @@ VERSIONED = ("jaxdraft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 def open_run_dir(config: Config) -> Path:
     """OUTPUT_DIR/NAME, created; with `fresh`, what was there is moved aside first."""
     run_dir = config.run_dir
-    if config.fresh and run_dir.exists():
+    if config.fresh and run_dir.exists() and is_first():
         run_dir.rename(run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+    wait_for_all("directory of the run")
     run_dir.mkdir(parents=True, exist_ok=True)
     return run_dir
 
@@ -102,10 +104,13 @@ def make_plan(
     config: Config,
     lengths: Int[np.ndarray, " samples"],
     eval_lengths: Int[np.ndarray, " held_out"],
-    num_devices: int = 1,
+    row_groups: int = 1,
 ) -> Plan:
-    """The plan of a run from the lengths of its samples, in tokens. A slot of every device makes a micro-batch."""
-    rows = config.rows_per_device * num_devices
+    """The plan of a run from the lengths of its samples, in tokens.
+
+    A micro-batch is a slot of each of `row_groups` devices (data x fsdp), or groups of devices that share rows.
+    """
+    rows = config.rows_per_device * row_groups
     schedule = Schedule(lengths, seed=config.seed, epochs=config.epochs, row_tokens=config.data.row_tokens)
     steps = schedule.num_steps(rows * config.accumulation)
     return Plan(

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import jax
 import numpy as np
@@ -78,9 +79,9 @@ def on_mesh(mesh: Mesh | None) -> Callable[[Callable], Callable]:
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
-        def traced(*args):
+        def traced(*args, **options):
             with nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                return function(*args)
+                return function(*args, **options)
 
         return traced
 
@@ -131,3 +132,25 @@ def per_device(
 def frozen_sharding(mesh: Mesh) -> NamedSharding:
     """Of the frozen embedding and head: over the vocabulary."""
     return NamedSharding(mesh, ShardingRules().spec(("vocab", None)))
+
+
+def num_row_groups(mesh: Mesh) -> int:
+    """Devices (of a tensor group, groups) that have rows of their own."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_mesh(mesh: Mesh, draft: Any, row_tokens: int) -> None:
+    """Raises ValueError if a mesh axis does not divide what it splits; `draft`: a DraftConfig."""
+    split = {
+        "fsdp": {"the draft's hidden_size": draft.hidden_size},
+        "tensor": {
+            "the draft's num_kv_heads": draft.num_kv_heads,
+            "the draft's intermediate_size": draft.intermediate_size,
+            "the target's vocab_size": draft.vocab_size,
+            "data.row_tokens": row_tokens,
+        },
+    }
+    for axis, sizes in split.items():
+        for name, size in sizes.items():
+            if size % mesh.shape[axis]:
+                raise ValueError(f"mesh.{axis}={mesh.shape[axis]} does not divide {name}={size}; give one that does")

@@ -18,6 +18,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxdraft.config import Config
+from jaxdraft.distributed import is_first
 from jaxdraft.features import FeatureStream, Slot
 from jaxdraft.metrics import MetricsLog, ProgressBar
 from jaxdraft.run import Plan
@@ -46,9 +47,10 @@ class StepLog:
         first_step: int,
     ):
         self._config, self._stream, self._console = config, stream, console
-        self._metrics = MetricsLog(run_dir, resume_step=first_step)
+        self._metrics = MetricsLog(run_dir if is_first() else None, resume_step=first_step)
         self._bar = ProgressBar(console, total=plan.total_steps, done=first_step, log_interval=config.log_interval)
-        self._skip_file = run_dir / "skipped.jsonl"
+        # A picture that vanishes later is noticed by the one process whose row it was in.
+        self._skip_file = run_dir / ("skipped.jsonl" if is_first() else f"skipped.{jax.process_index()}.jsonl")
         self._skipped = _read_skips(self._skip_file)
         self._pending: _Pending | None = None
         self._micro = 0
@@ -100,8 +102,8 @@ class StepLog:
         self._stream.release(slot.filled)
         self.note_skips((skip for row in slot.rows for skip in row.skipped), show=True)
         self._note_bad_batch(step, metrics, slot)
-        self._rows += sum(row.num_tokens > 0 for row in slot.rows)
-        self._tokens += sum(row.num_tokens for row in slot.rows)
+        self._rows += sum(bool(samples) for _, samples in slot.planned)
+        self._tokens += int(metrics["tokens"])
         if last:
             self._write_step(step, metrics)
 
@@ -143,7 +145,7 @@ class StepLog:
         if not metrics["bad_batch"]:
             return
         self.bad_batches += 1
-        rows = [row.row_id for row, bad in zip(slot.rows, metrics["bad_rows"], strict=True) if bad]
+        rows = [row_id for (row_id, _), bad in zip(slot.planned, metrics["bad_rows"], strict=True) if bad]
         what = f"zero or non-finite features in rows {rows}" if rows else "a non-finite loss or gradient"
         self._console.print(f"step {step}: {what}; this batch changed nothing", highlight=False, soft_wrap=True)
         if self.bad_batches > self._config.max_bad_batches:

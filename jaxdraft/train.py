@@ -10,6 +10,7 @@ The same command again goes on from the latest checkpoint, with the losses and w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import sys
 import time
@@ -19,10 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxdraft import report, runtime
+from jaxdraft import distributed, report, runtime
 from jaxdraft.check import check_first
 from jaxdraft.checkpoint import Checkpoints, abstract_like, check_resume
 from jaxdraft.cli import parse_args, run_command
@@ -31,7 +32,7 @@ from jaxdraft.convert import load_draft
 from jaxdraft.eval_result import EvalResult, finite
 from jaxdraft.evaluate import as_served, evaluate_batches
 from jaxdraft.export import check_target
-from jaxdraft.features import BridgeError, FeatureStream, devices_by_row, memory_use, open_bridge
+from jaxdraft.features import BridgeError, FeatureStream, memory_use, open_bridge, seats
 from jaxdraft.finish import finish
 from jaxdraft.gpu_memory import check_trainer_fits, claim_gpu_memory, limit_gpu_memory, print_memory
 from jaxdraft.model.dflash import DraftConfig
@@ -39,19 +40,24 @@ from jaxdraft.model.tensors import from_tensors
 from jaxdraft.objective import Frozen
 from jaxdraft.parity import Conversation, conversations_of
 from jaxdraft.run import StopSignal, make_plan, open_run_dir, run_meta
-from jaxdraft.sharding import ShardingRules, make_mesh
+from jaxdraft.sharding import check_mesh, frozen_sharding, make_mesh, num_row_groups
 from jaxdraft.step_log import StepLog
 from jaxdraft.target import TargetModel, load_frozen, make_draft_config, open_target
 from jaxdraft.train_step import StepConfig, TrainState, init_state, make_eval_step, make_train_step, state_shardings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    runtime.configure()
-    train(parse_args(sys.argv[1:] if argv is None else argv), Console())
+    config = parse_args(sys.argv[1:] if argv is None else argv)
+    limit_gpu_memory(config.trainer.memory_fraction)
+    with distributed.joined(config):
+        runtime.configure()
+        train(config, Console(quiet=not distributed.is_first()))
 
 
 def train(config: Config, console: Console) -> dict[str, Any] | None:
     """Runs or resumes the whole job; returns the summary, None where SIGTERM or SIGINT ended it early.
+
+    Every process of a run on several hosts runs this; they differ only in whose rows their bridges fill.
 
     Raises:
       ValueError: what a user can repair, in one sentence.
@@ -59,12 +65,12 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
     started = time.perf_counter()
     if config.data.train_path is None:
         raise ValueError("data.train_path is missing; give a JSONL file or a folder with the training conversations")
-    limit_gpu_memory(config.trainer.memory_fraction)
 
     # What is trained: shapes from the target's config, start weights from the seed or a draft.
     target = open_target(config.target)
     draft, start_params = choose_draft(config, target)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    check_mesh(mesh, draft, config.data.row_tokens)
     run_dir = open_run_dir(config)
 
     with (
@@ -76,9 +82,9 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
         # One bridge for each of this host's devices, its ring of slots in that device's memory.
         bridges = [
             stack.enter_context(
-                open_bridge(config, draft.target_layer_ids, log_path=run_dir / f"bridge{i or ''}.log", device=device)
+                open_bridge(config, draft.target_layer_ids, log_path=run_dir / bridge_log(i), seat=seat)
             )
-            for i, device in enumerate(devices_by_row(row_sharding(mesh)))
+            for i, seat in enumerate(seats(mesh))
         ]
         bridge = bridges[0]
         report.print_start(console, config, draft, bridge.ready)
@@ -86,7 +92,8 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
 
         # Which rows, in which order: a pure function of the index and the seed.
         tables = bridge.ready.indexes
-        plan = make_plan(config, column_lengths(tables["train"]), column_lengths(tables.get("eval")), mesh.size)
+        lengths, eval_lengths = column_lengths(tables["train"]), column_lengths(tables.get("eval"))
+        plan = make_plan(config, lengths, eval_lengths, num_row_groups(mesh))
         report.print_plan(console, plan)
 
         # The state: new, or exactly that of the latest checkpoint.
@@ -96,6 +103,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
             anchor_rule=config.anchor_rule,
             accumulation=config.accumulation,
             compute_dtype=config.compute_dtype,
+            attention=config.attention,
         )
         frozen = place_frozen(*load_frozen(config.target, target, jnp.dtype(config.compute_dtype)), mesh)
         key = jax.random.key(config.seed)
@@ -109,13 +117,15 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
         meta = run_meta(config, draft, plan, bridge.ready)
         if checkpoints.latest is not None:
             check_resume(checkpoints.meta(checkpoints.latest), meta)
-            state = checkpoints.restore(checkpoints.latest, abstract_like(state))
+            saved = checkpoints.restore(checkpoints.latest, abstract_like(to_save(state)))
+            state = dataclasses.replace(saved, accumulator=state.accumulator)
             console.print(f"resuming from step {checkpoints.latest}")
         first_step = int(state.step)
 
         train_step = make_train_step(draft, config.loss, config.optim, options, frozen, mesh=mesh)
-        eval_step = make_eval_step(draft, config.loss, options, frozen)
-        stream = FeatureStream(bridges, plan.requests(first_step), row_sharding(mesh))
+        eval_step = make_eval_step(draft, config.loss, options, frozen, mesh=mesh)
+        stream = FeatureStream(bridges, plan.requests(first_step), mesh)
+        vote = distributed.Vote(mesh)
         result: EvalResult | None = None
         # The first checkpoint is compared with its own export, on samples of its last batch.
         unchecked = config.check_first_checkpoint and checkpoints.latest is None and jax.process_count() == 1
@@ -136,17 +146,19 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
                     served = as_served(state.params)
                     result = evaluate_batches(eval_step, served, stream, len(plan.eval_requests), draft.block_size)
                     log.write(step, "eval", result.metrics())
-                if evaluate or plan.saves_after(step) or stop.received:
-                    checkpoints.save(step, state, meta, tau=finite(result.tau) if evaluate else None)
+                stopping = vote.any(stop.received is not None)
+                if evaluate or plan.saves_after(step) or stopping:
+                    checkpoints.save(step, to_save(state), meta, tau=finite(result.tau) if evaluate else None)
                 if unchecked and conversations:
                     check_first(state.params, draft, frozen, conversations, bridge, target, config.target.dtype)
                     unchecked = False
-                if stop.received:
-                    console.print(f"{stop.received}: saved step {step}; the same command goes on from there")
+                if stopping:
+                    why = stop.received or "another process has to end"
+                    console.print(f"{why}: saved step {step}; the same command goes on from there")
                     return None
 
         if result is None and plan.eval_rows:  # the run was complete already
-            again = FeatureStream(bridges, plan.eval_requests, row_sharding(mesh))
+            again = FeatureStream(bridges, plan.eval_requests, mesh)
             served = as_served(state.params)
             result = evaluate_batches(eval_step, served, again, len(plan.eval_requests), draft.block_size)
         return finish(config, console, run_dir, target, draft, bridge, checkpoints, result, log, started)
@@ -156,24 +168,33 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
 def saved_on_bridge_error(
     checkpoints: Checkpoints, step: int, state: TrainState, meta: dict[str, Any], *, complete: bool
 ) -> Iterator[None]:
-    """Saves what is trained before a bridge's death ends the run; `complete`: no optimizer step is half done."""
+    """Saves what is trained before a bridge's death ends the run; `complete`: no optimizer step is half done.
+
+    Only in a run of one process: the others cannot know.
+    """
     try:
         yield
     except BridgeError:
-        if complete and step > 0:
-            checkpoints.save(step, state, meta)
+        if complete and step > 0 and jax.process_count() == 1:
+            checkpoints.save(step, to_save(state), meta)
         raise
+
+
+def to_save(state: TrainState) -> TrainState:
+    """Between optimizer steps the accumulator is empty; left out, a resume may accumulate otherwise."""
+    return dataclasses.replace(state, accumulator=None)
 
 
 def place_frozen(embedding: jax.Array, head: jax.Array, mesh: Mesh) -> Frozen:
     """The frozen matrices on the mesh, over the vocabulary; still one array where they are tied."""
-    sharding = NamedSharding(mesh, ShardingRules().spec(("vocab", None)))
-    placed = jax.device_put(embedding, sharding)
-    return Frozen(embedding=placed, head=placed if head is embedding else jax.device_put(head, sharding))
+    sharding = frozen_sharding(mesh)
+    placed = distributed.from_host(embedding, sharding)
+    return Frozen(embedding=placed, head=placed if head is embedding else distributed.from_host(head, sharding))
 
 
-def row_sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, ShardingRules().spec(("rows",)))
+def bridge_log(i: int) -> str:
+    process = "" if distributed.is_first() else f".{jax.process_index()}"
+    return f"bridge{i or ''}{process}.log"
 
 
 def column_lengths(table: Any | None) -> np.ndarray:

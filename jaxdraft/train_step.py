@@ -133,14 +133,6 @@ def state_shardings(
     return jax.tree_util.tree_map_with_path(of_leaf, abstract)
 
 
-def batch_shardings(mesh: Mesh) -> Batch:
-    """The sharding of every array of a batch: rows over data x fsdp, and the features' tokens over tensor."""
-    rules = ShardingRules()
-    rows = NamedSharding(mesh, rules.spec(("rows",)))
-    whole = {field.name: rows for field in dataclasses.fields(Batch)}
-    return Batch(**whole | {"features": NamedSharding(mesh, rules.spec(("rows", "context")))})
-
-
 def make_train_step(
     draft: DraftConfig,
     loss: LossConfig,
@@ -194,17 +186,18 @@ def make_train_step(
         state, sums, update_metrics = _accumulate(state, grads, sums, optim, options)
         metrics = sums.metrics() | update_metrics | {"bad_batch": ~ok, "bad_rows": bad_rows}
         metrics |= {name: getattr(sums, name) for name in ("denominator", "full_blocks", "blocks", "samples")}
+        metrics["tokens"] = jnp.sum(batch.num_tokens)
         return state, metrics
 
     return functools.partial(train_step, frozen)
 
 
 def make_eval_step(
-    draft: DraftConfig, loss: LossConfig, options: StepConfig, frozen: Frozen
+    draft: DraftConfig, loss: LossConfig, options: StepConfig, frozen: Frozen, *, mesh: Mesh | None = None
 ) -> Callable[[Params, Batch, Int[Array, "r n"], Bool[Array, "r n"]], Predictions]:
     """The step (params, batch, anchors, valid) -> Predictions, jitted; anchors of a row ascending, any fixed number."""
 
-    eval_step = jax.jit(functools.partial(predict, draft=draft, loss=loss, **_compute_options(options)))
+    eval_step = jax.jit(functools.partial(on_mesh(mesh)(predict), draft=draft, loss=loss, **_compute_options(options)))
 
     def at_anchors(params: Params, batch: Batch, anchors: Array, valid: Array) -> Predictions:
         return eval_step(params, frozen, batch, anchors, valid)

@@ -1,4 +1,4 @@
-"""A worker without index and target: what it writes into a slot follows from the request alone.
+"""Workers without index and target: what they write into a slot follows from the request alone.
 
 It does as told by the request: split "eval" is an error of that request, and a row with sample id
   SLEEP: fills half a slot and then takes for ever;
@@ -9,9 +9,14 @@ It does as told by the request: split "eval" is an error of that request, and a 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import struct
 import time
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
 
 from feature_bridge.contracts import (
     BridgeSpec,
@@ -23,7 +28,6 @@ from feature_bridge.contracts import (
     IndexTable,
     Ready,
     Row,
-    SlotLayout,
     TargetInfo,
     TargetSpec,
 )
@@ -79,7 +83,7 @@ class FakeWorker:
             num_slots=spec.num_slots,
             feature_width=width,
         )
-        self._layout = SlotLayout(spec.rows_per_slot, spec.row_tokens, width, spec.feature_dtype)
+        self._layout = spec.slot_layout(width)
 
     def fill(self, split: str, rows: tuple[Row, ...], slot: dict[str, Producer]) -> tuple[FilledRow, ...]:
         if split == "eval":
@@ -94,7 +98,9 @@ class FakeWorker:
             print("the last words")
             os._exit(7)
         for field in self._layout.fields:
-            ctypes.memmove(slot[field.name].address, field_bytes(field, rows), field.num_bytes)
+            ctypes.memmove(
+                slot[field.name].address, field_bytes(field, rows, self._spec.feature_slice), field.num_bytes
+            )
             if SLEEP in special:
                 time.sleep(1000)
         return tuple(FilledRow(row_id=r.row_id, num_tokens=len(r.samples), samples=r.samples) for r in rows)
@@ -112,16 +118,89 @@ class FakeWorker:
         return Decoded(request_id=request.request_id, samples=samples, seconds=0.5)
 
 
-def field_values(field, rows: tuple[Row, ...]) -> list[int]:
-    """Small integers, exact in bfloat16, that differ by request, field and place."""
+def field_values(field, rows: tuple[Row, ...], feature_slice: tuple[int, int] = (0, 1)) -> list[int]:
+    """Small integers, exact in bfloat16, that differ by request, field and place in the whole row."""
     per_row = field.num_bytes // len(rows) // {"int32": 4, "uint8": 1, "float32": 4, "bfloat16": 2}[field.dtype]
     shift = len(field.name)
-    return [(i + shift + 31 * row.row_id + sum(row.samples)) % 251 for row in rows for i in range(per_row)]
+    first = feature_slice[0] * per_row if field.name == "features" else 0
+    return [(first + i + shift + 31 * row.row_id + sum(row.samples)) % 251 for row in rows for i in range(per_row)]
 
 
-def field_bytes(field, rows: tuple[Row, ...]) -> bytes:
-    values = field_values(field, rows)
+def field_bytes(field, rows: tuple[Row, ...], feature_slice: tuple[int, int] = (0, 1)) -> bytes:
+    values = field_values(field, rows, feature_slice)
     if field.dtype == "bfloat16":  # the upper half of a float32
         raw = struct.pack(f"<{len(values)}f", *values)
         return b"".join(raw[i + 2 : i + 4] for i in range(0, len(raw), 4))
     return struct.pack(f"<{len(values)}{dict(int32='i', uint8='B', float32='f')[field.dtype]}", *values)
+
+
+class TrainingWorker:
+    """Random conversations for a real target directory: a sample's tokens and features follow from its number alone."""
+
+    NUM = MappingProxyType({"train": 40, "eval": 8})
+
+    def __init__(self, spec: BridgeSpec):
+        config = json.loads((Path(spec.target.path) / "config.json").read_text())
+        text = config.get("text_config", config)
+        self._spec, self._hidden, self._vocab = spec, text["hidden_size"], text["vocab_size"]
+        self._layout = spec.slot_layout(self._hidden * len(spec.target.layer_ids))
+        self.ready = Ready(
+            schema_version=spec.schema_version,
+            target=TargetInfo(
+                path=spec.target.path,
+                backend="fake 1",
+                num_layers=text["num_hidden_layers"],
+                hidden_size=self._hidden,
+                vocab_size=self._vocab,
+                capture="layer_output",
+            ),
+            indexes={split: self._table(split) for split in self.NUM},
+            num_slots=spec.num_slots,
+            feature_width=self._layout.feature_width,
+        )
+
+    def prepare(self, split: str, rows: tuple[Row, ...]) -> None:
+        pass
+
+    def fill(self, split: str, rows: tuple[Row, ...], slot: dict[str, Producer]) -> tuple[FilledRow, ...]:
+        layout, (place, parts) = self._layout, self._spec.feature_slice
+        s = layout.row_tokens
+        tokens, start, mask = (np.zeros((len(rows), s), t) for t in (np.int32, np.int32, np.uint8))
+        features = np.zeros((len(rows), s, layout.feature_width), np.float32)
+        filled = []
+        for r, row in enumerate(rows):
+            end = 0
+            for sample in row.samples:
+                rng, first, end = self._rng(split, sample), end, end + self._length(split, sample)
+                start[r, first:end] = first
+                tokens[r, first:end] = rng.integers(0, self._vocab // 8, end - first)
+                mask[r, first + 5 : end] = 1
+                features[r, first:end] = rng.normal(size=(end - first, layout.feature_width))
+            start[r, end:] = end
+            filled.append(FilledRow(row_id=row.row_id, num_tokens=end, samples=row.samples))
+        features = np.split(features, parts, axis=1)[place]
+        values = {"tokens": tokens, "segment_start": start, "loss_mask": mask, "features": features}
+        for field in layout.fields:
+            raw = np.ascontiguousarray(values[field.name]).tobytes()
+            assert len(raw) == field.num_bytes, "float32 features only"
+            ctypes.memmove(slot[field.name].address, raw, len(raw))
+        return tuple(filled)
+
+    def _rng(self, split: str, sample: int) -> np.random.Generator:
+        return np.random.default_rng([len(split), sample])
+
+    def _length(self, split: str, sample: int) -> int:
+        return 20 + 7 * sample % 40 + len(split) % 2
+
+    def _table(self, split: str) -> IndexTable:
+        lengths = [self._length(split, i) for i in range(self.NUM[split])]
+        packed = struct.pack(f"<{len(lengths)}i", *lengths)
+        return IndexTable(
+            digest=split,
+            lengths=packed,
+            supervised=packed,
+            num_images=bytes(len(lengths)),
+            sample_ids=tuple(map(str, range(len(lengths)))),
+            skipped=(),
+            counts={"lines": len(lengths)},
+        )

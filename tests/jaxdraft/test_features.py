@@ -3,21 +3,24 @@
 import dataclasses
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_worker import CRASH, FakeWorker, field_values, make_spec
-from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxdraft.features
 from feature_bridge.client import connect
 from feature_bridge.contracts import Row, SlotLayout
 from feature_bridge.in_process import InProcessClient
 from jaxdraft.config import BridgeConfig, Config, DataConfig, DraftOptions, TargetConfig
-from jaxdraft.features import BridgeError, FeatureStream, make_bridge_spec, open_bridge
+from jaxdraft.features import BridgeError, FeatureStream, make_bridge_spec, open_bridge, seats
+from jaxdraft.objective import batch_shardings
 from jaxdraft.run import Request
+from jaxdraft.sharding import make_mesh
 
 SPEC = make_spec(rows=2, row_tokens=19, num_slots=3)
 ENV = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
@@ -138,15 +141,53 @@ def test_a_released_slot_cannot_be_used(bridge):
         stream.release(slot.filled)
 
 
+def test_devices_that_share_rows_have_a_part_of_their_features_each():
+    """On a (2, 1, 2) mesh: one slot a device, two of them with the same rows, and no device has all the features."""
+    spec = dataclasses.replace(SPEC, row_tokens=20)
+    mesh = make_mesh(data=2, tensor=2, devices=jax.local_devices()[:4])
+    bridges = [inside(dataclasses.replace(spec, feature_slice=seat.feature_slice)) for seat in seats(mesh)]
+    requests = make_requests(4, rows=4)
+    stream = FeatureStream(bridges, requests, mesh)
+    for slot, request in zip(stream, requests, strict=True):
+        assert [row.row_id for row in slot.rows] == [row_id for row_id, _ in request.rows]
+        assert slot.batch.features.shape == (4, 20, 6)
+        for seat, bridge, filled in zip(seats(mesh), bridges, slot.filled, strict=True):
+            part = Request("train", request.rows[2 * seat.rows : 2 * seat.rows + 2])
+            for name, values in expected(part, spec).items():
+                if name == "features":
+                    values = np.split(values, 2, axis=1)[seat.feature_slice[0]]
+                (shard,) = (s for s in getattr(slot.batch, name).addressable_shards if s.device == seat.device)
+                assert shard.data.unsafe_buffer_pointer() == bridge.slot(filled)[name].address
+                np.testing.assert_array_equal(np.asarray(shard.data.astype(jnp.float32)), values, err_msg=name)
+        stream.release(slot.filled)
+
+
+def test_a_process_asks_for_the_rows_of_its_own_devices_only():
+    """`seats` leaves out other processes' devices; what is asked of each bridge is its own group of rows."""
+
+    class Elsewhere(NamedTuple):
+        process_index: int
+
+    own = jax.local_devices()[:4]
+    devices = np.array([Elsewhere(1), Elsewhere(1), *own[:2], Elsewhere(2), Elsewhere(2), *own[2:]], object)
+    mesh = SimpleNamespace(devices=devices.reshape(2, 2, 2), shape={"data": 2, "fsdp": 2, "tensor": 2})
+    assert seats(mesh) == [(own[0], 1, (0, 2)), (own[1], 1, (1, 2)), (own[2], 3, (0, 2)), (own[3], 3, (1, 2))]
+    asked = []
+    bridge = SimpleNamespace(num_slots=2, fill=lambda split, rows: asked.append([row.row_id for row in rows]))
+    stream = FeatureStream([bridge] * 4, make_requests(1, rows=12), mesh)
+    stream._ask()
+    assert asked == [[3, 4, 5], [3, 4, 5], [9, 10, 11], [9, 10, 11]]
+
+
 def test_one_bridge_for_each_device():
     """A global batch whose shards are the slots of four bridges, in the mesh's order of devices."""
-    devices = np.asarray(jax.local_devices()[4:8])[::-1]
-    sharding = NamedSharding(jax.sharding.Mesh(devices, ("rows",)), PartitionSpec("rows"))
+    devices = jax.local_devices()[4:8][::-1]
+    mesh = make_mesh(data=2, fsdp=2, devices=devices)
     bridges = [inside() for _ in devices]
     requests = make_requests(5, rows=8)
-    stream = FeatureStream(bridges, requests, sharding)
+    stream = FeatureStream(bridges, requests, mesh)
     for slot, request in zip(stream, requests, strict=True):
-        assert slot.batch.features.sharding.is_equivalent_to(sharding, 3)
+        assert slot.batch.features.sharding.is_equivalent_to(batch_shardings(mesh).features, 3)
         np.testing.assert_array_equal(slot.batch.row_ids, [row_id for row_id, _ in request.rows])
         assert [row.row_id for row in slot.rows] == [row_id for row_id, _ in request.rows]
         for d, (bridge, filled) in enumerate(zip(bridges, slot.filled, strict=True)):

@@ -15,9 +15,10 @@ import pytest
 from draft_helpers import SLIDING, packed_batch, random_frozen, random_params
 
 from jaxdraft.losses import LossConfig
+from jaxdraft.objective import batch_shardings
 from jaxdraft.optim import OptimConfig
 from jaxdraft.sharding import MESH_AXES, frozen_sharding, make_mesh
-from jaxdraft.train_step import StepConfig, batch_shardings, init_state, make_train_step, state_shardings
+from jaxdraft.train_step import StepConfig, init_state, make_train_step, state_shardings
 
 # Sizes that no two arrays share, so that a shape in the HLO says what it is.
 CONFIG = dataclasses.replace(SLIDING, vocab_size=104, intermediate_size=56, num_kv_heads=2, num_heads=4)

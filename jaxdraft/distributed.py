@@ -1,0 +1,258 @@
+"""Several processes as one run, on JAX's own distributed runtime; a single process without it.
+
+Who is where comes from `--distributed.*`, JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or from what
+JAX detects by itself: Slurm (srun), Open MPI (mpirun), Kubernetes. JAX's runtime ends all processes when one is lost,
+but in a way that names nobody. So each one also keeps a file in OUTPUT_DIR/.NAME.hosts fresh, and watches the others'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxdraft.config import Config, DistributedConfig
+
+_BEAT_S = 0.5
+
+
+class Place(NamedTuple):
+    """Of this process among all; None: left to JAX's detection."""
+
+    address: str | None
+    count: int | None
+    index: int | None
+    local_count: int | None
+    """Processes on this host."""
+
+
+def find_place(config: DistributedConfig, env: Mapping[str, str]) -> Place | None:
+    """Where this process is; None for a run of one process.
+
+    Raises:
+      ValueError: one of address, count and index is given and another is missing.
+    """
+    own = (
+        config.coordinator_address or env.get("JAX_COORDINATOR_ADDRESS"),
+        _number(config.num_processes, env.get("JAX_NUM_PROCESSES")),
+        _number(config.process_id, env.get("JAX_PROCESS_ID")),
+    )
+    if any(x is not None for x in own):
+        names = ("coordinator_address", "num_processes", "process_id")
+        for name, value in zip(names, own, strict=True):
+            if value is None:
+                raise ValueError(
+                    f"distributed.{name} is missing where the others are given; set it, or JAX_{name.upper()}"
+                )
+        return None if own[1] == 1 else Place(*own, None)
+    if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        local = int(tasks[0]) if tasks else None
+        return Place(None, int(env["SLURM_NTASKS"]), int(env["SLURM_PROCID"]), local)
+    if "OMPI_MCA_orte_hnp_uri" in env and int(env["OMPI_COMM_WORLD_SIZE"]) > 1:
+        local = int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "0")) or None
+        return Place(None, int(env["OMPI_COMM_WORLD_SIZE"]), int(env["OMPI_COMM_WORLD_RANK"]), local)
+    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
+        return Place(None, None, int(env["JOB_COMPLETION_INDEX"]), None)
+    return None
+
+
+def _number(given: int | None, env: str | None) -> int | None:
+    return given if given is not None else int(env) if env else None
+
+
+@contextlib.contextmanager
+def joined(config: Config) -> Iterator[None]:
+    """All processes of the run, joined; to be entered before anything asks JAX for a device.
+
+    In a run of several processes an error in one ends them all, with exit code 2 and one sentence that names it.
+    """
+    place = find_place(config.distributed, os.environ)
+    if place is None:
+        yield
+        return
+    timeout = config.distributed.timeout_s
+    watch = _Watch(config.run_dir.with_name(f".{config.name}.hosts"), place, timeout)
+    watch.start()
+    try:
+        # Its own time-outs come after ours: what it says when they pass is a stack trace.
+        jax.distributed.initialize(
+            coordinator_address=place.address,
+            num_processes=place.count,
+            process_id=place.index,
+            # Where a scheduler starts several processes on a host, JAX gives each the one GPU of its local index.
+            local_device_ids=() if place.local_count == 1 else None,
+            initialization_timeout=int(2 * timeout + 30),
+            heartbeat_timeout_seconds=int(2 * timeout + 30),
+        )
+        watch.all_there()
+        yield
+        watch.leave("")
+        wait_for_all("end of the run")
+        jax.distributed.shutdown()
+    except BaseException as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            time.sleep(timeout + 10 * _BEAT_S)  # a collective broke off: `_Watch` will say whose fault it is
+        sentence = str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)
+        if not isinstance(error, (ValueError, RuntimeError, SystemExit)):
+            sys.excepthook(type(error), error, error.__traceback__)
+        watch.leave(sentence or "an error")
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)  # JAX would wait for the others, which wait for this one
+
+
+class _Watch:
+    """Keeps this process's file fresh, and ends the process when another one's is stale.
+
+    A file counts as fresh when it changes: hosts' clocks differ.
+    """
+
+    def __init__(self, directory: Path, place: Place, timeout_s: float):
+        self._directory, self._place, self._timeout_s = directory, place, timeout_s
+        self._beat, self._name = 0, f"{socket.gethostname()}:{os.getpid()}"
+        self._last_words: str | None = None
+        self._joined = threading.Event()
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._stale = {i: self._read(i) for i in self._others()}  # of an earlier run
+        self._write()
+        threading.Thread(target=self._run, name="hosts", daemon=True).start()
+
+    def all_there(self) -> None:
+        self._joined.set()
+
+    def leave(self, last_words: str) -> None:
+        """Writes why this process ends; empty: in good order."""
+        self._last_words = last_words
+        self._write()
+
+    def _others(self) -> list[int]:
+        return [i for i in range(self._place.count or 0) if i != self._place.index]
+
+    def _file(self, index: int) -> Path:
+        return self._directory / str(index)
+
+    def _write(self) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            self._beat += 1
+            words = "" if self._last_words is None else self._last_words or "done"
+            scratch = self._file(self._place.index).with_suffix(".new")
+            scratch.write_text(f"{self._name} {self._beat}\n{words}")
+            os.replace(scratch, self._file(self._place.index))
+
+    def _read(self, index: int) -> str | None:
+        try:
+            return self._file(index).read_text()
+        except OSError:
+            return None
+
+    def _run(self) -> None:
+        seen: dict[int, str | None] = dict(self._stale)
+        since = dict.fromkeys(seen, time.monotonic())
+        while self._last_words is None:
+            time.sleep(_BEAT_S)
+            self._write()
+            for i in seen:
+                text = self._read(i)
+                if text != seen[i]:
+                    seen[i], since[i] = text, time.monotonic()
+            fresh = {i: text for i, text in seen.items() if text and text != self._stale[i]}
+            for i, text in fresh.items():
+                name, _, words = text.partition("\n")
+                if words and words != "done":
+                    self._end(f"process {i} ({name.split()[0]}) ended: {words}")
+            late = [i for i in seen if time.monotonic() - since[i] > self._timeout_s and not self._done(seen[i])]
+            if late:
+                what = self._describe(late, fresh)
+                self._end(f"{what} within distributed.timeout_s={self._timeout_s:g} s; see its log")
+
+    @staticmethod
+    def _done(text: str | None) -> bool:
+        return text is not None and text.endswith("\ndone")
+
+    def _describe(self, late: list[int], fresh: dict[int, str]) -> str:
+        names = ", ".join(f"{i} ({fresh[i].split()[0]})" if i in fresh else str(i) for i in late)
+        what = "gave no sign of life" if all(i in fresh for i in late) else "did not come"
+        return f"of the {self._place.count} processes of this run, process {names} {what}"
+
+    def _end(self, sentence: str) -> None:
+        if self._last_words is not None:
+            return
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all: prints, writes metrics, exports."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+class Vote:
+    """Whether any process has said yes: the same answer at the same step on all of them, without waiting.
+
+    A sum over the devices that runs behind the step it is cast in, and is read a step later. A process that is alone
+    gets its own answer at once.
+    """
+
+    def __init__(self, mesh: jax.sharding.Mesh):
+        self._sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+        self._count = jax.jit(lambda votes: votes.sum())
+        self._cast: jax.Array | None = None
+
+    def any(self, yes: bool) -> bool:
+        if jax.process_count() == 1:
+            return yes
+        shape = (self._sharding.num_devices,)
+        votes = jax.make_array_from_callback(shape, self._sharding, lambda _: np.full(1, yes, np.int32))
+        before, self._cast = self._cast, self._count(votes)
+        return before is not None and int(before) > 0
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays as numpy ones, whole on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.device_get(jax.tree.map(_replicate, tree))
+
+
+def _replicate(x: jax.Array) -> jax.Array:
+    if x.is_fully_replicated:
+        return x
+    whole = jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.jit(_identity, out_shardings=whole)(x)
+
+
+def _identity(x):
+    return x
+
+
+def from_host(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """Arrays that every process has, placed on all devices."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def place(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree)

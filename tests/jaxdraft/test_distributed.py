@@ -1,0 +1,225 @@
+"""Two processes of four devices, joined on loopback: the same run as one process, whatever becomes of a host."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from jaxdraft.checkpoint import load_params
+from jaxdraft.config import DistributedConfig
+from jaxdraft.distributed import find_place
+
+TESTS = Path(__file__).resolve().parent.parent
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Rows of 64 tokens, 8 a step."""
+    directory = tmp_path_factory.mktemp("distributed")
+    body = f"""config = dataclasses.replace(
+        config, max_steps={STEPS}, epochs=60, anchors_per_row=6, eval_interval=4, save_interval=3,
+        check_first_checkpoint=False,
+        data=dataclasses.replace(config.data, row_tokens=64, eval_rows=5),
+        bridge=dataclasses.replace(config.bridge, feature_dtype="float32"))"""
+    return runs.write_config(directory, body)
+
+
+def start(config: Path, out: Path, devices: int, *args: str, processes: int = 1, only: int | None = None):
+    """The processes of a run, `devices` virtual ones in each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for index in range(processes) if only is None else [only]:
+        env = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+            "OMP_NUM_THREADS": "1",
+        }
+        if processes > 1:
+            env |= {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(index),
+            }
+        command = [
+            sys.executable,
+            "-P",
+            str(TESTS / "fake_training.py"),
+            "--config",
+            str(config),
+            "--output-dir",
+            str(out),
+        ]
+        started.append(
+            subprocess.Popen([*command, *args], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    return started
+
+
+def finish(processes, timeout: float = 240) -> list[tuple[int, str]]:
+    ended = []
+    for process in processes:
+        output, _ = process.communicate(timeout=timeout)
+        ended.append((process.returncode, output))
+    return ended
+
+
+def mesh(data: int, fsdp: int, tensor: int, rows: int) -> list[str]:
+    sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor, "rows-per-device": rows}
+    return [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+
+
+@pytest.fixture(scope="module")
+def single(config, tmp_path_factory):
+    """One process and one device."""
+    out = tmp_path_factory.mktemp("single")
+    ((code, output),) = finish(start(config, out, 1, *mesh(1, 1, 1, 8)))
+    assert code == 0, output[-3000:]
+    return out / "small"
+
+
+def assert_same_losses(run_dir: Path, single: Path, rtol: float = 1e-4, steps=range(1, STEPS + 1)):
+    for split in ("train", "eval"):
+        ours, theirs = runs.metrics(run_dir, split), runs.metrics(single, split)
+        assert list(ours) == list(theirs)
+        for step in set(steps) & set(theirs):
+            for name in ("loss", "accept_len"):
+                assert ours[step][name] == pytest.approx(theirs[step][name], rel=rtol), (split, step, name)
+
+
+@pytest.fixture(scope="module")
+def stopped(config, tmp_path_factory):
+    """Two processes, of which the second got SIGTERM: (directory, saved step, whole output of both)."""
+    out = tmp_path_factory.mktemp("stopped")
+    processes = start(config, out, 4, *mesh(2, 2, 2, 2), processes=2)
+    runs.wait_until(lambda: 2 in runs.metrics(out / "small") or processes[0].poll() is not None)
+    processes[1].send_signal(signal.SIGTERM)
+    ended = finish(processes)
+    assert [code for code, _ in ended] == [0, 0], "\n".join(output[-2000:] for _, output in ended)
+    return out, load_params(out / "small")[1]["step"], [output for _, output in ended]
+
+
+def test_a_signal_to_one_process_saves_on_all(stopped):
+    _, step, (first, second) = stopped
+    assert 2 <= step < STEPS
+    assert f"another process has to end: saved step {step}" in first
+    assert "step" not in second.replace("[Gloo]", ""), "only the first process prints"
+
+
+def test_another_mesh_and_number_of_processes_go_on(config, stopped, single):
+    """From two processes on (2, 2, 2) to one on (1, 4, 1) that accumulates: as if nothing had happened."""
+    out, step, _ = stopped
+    args = [*mesh(1, 4, 1, 1), "--accumulation", "2"]
+    ((code, output),) = finish(start(config, out, 4, *args))
+    assert code == 0, output[-3000:]
+    assert f"resuming from step {step}" in output
+    assert_same_losses(out / "small", single)
+    assert_same_losses(out / "small", single, rtol=1e-5, steps=[step + 1])
+
+
+def test_two_processes_equal_one(config, single, tmp_path):
+    ended = finish(start(config, tmp_path, 4, *mesh(-1, 4, 1, 1), processes=2))
+    assert [code for code, _ in ended] == [0, 0], "\n".join(output[-2000:] for _, output in ended)
+    run_dir = tmp_path / "small"
+    assert_same_losses(run_dir, single)
+    ours, theirs = load_params(run_dir)[0], load_params(single)[0]
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], atol=2e-4, err_msg=name)
+    assert (run_dir / "summary.json").is_file()
+    assert (run_dir / "export" / "model.safetensors").is_file()
+
+
+def test_a_host_that_does_not_come_is_named(config, tmp_path):
+    began = time.monotonic()
+    ((code, output),) = finish(start(config, tmp_path, 4, "--distributed.timeout-s", "4", processes=2, only=0), 60)
+    assert code == 2
+    assert "error: of the 2 processes of this run, process 1 did not come within distributed.timeout_s=4 s" in output
+    assert "Traceback" not in output
+    assert "stack trace" not in output
+    assert time.monotonic() - began > 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_host_that_is_lost_is_named(config, tmp_path, number):
+    args = [*mesh(-1, 4, 1, 1), "--distributed.timeout-s", "5", "--max-steps", "4000"]
+    processes = start(config, tmp_path, 4, *args, processes=2)
+    runs.wait_until(lambda: 1 in runs.metrics(tmp_path / "small") or processes[0].poll() is not None)
+    processes[1].send_signal(number)
+    ((code, output),) = finish(processes[:1])
+    processes[1].kill()
+    processes[1].communicate()
+    assert code == 2, output[-2000:]
+    name = f"process 1 ({socket.gethostname()}:{processes[1].pid})"
+    assert f"{name} gave no sign of life within distributed.timeout_s=5 s" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, None),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}, ("a:1", 3, 2, None)),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
+             "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
+            (None, 2, 1, 1),
+        ),
+        (
+            {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:34", "OMPI_COMM_WORLD_SIZE": "4",
+             "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+            (None, 4, 3, 2),
+        ),
+        ({"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "1"}, (None, None, 1, None)),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0"}, None),
+    ],
+)  # fmt: skip
+def test_where_a_process_is(env, expected):
+    assert find_place(DistributedConfig(), env) == expected
+
+
+@pytest.mark.parametrize(
+    ("env", "address", "visible"),
+    [
+        (
+            {"SLURM_JOB_ID": "4097", "SLURM_STEP_NODELIST": "gpu[03-04,7],x", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
+             "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
+            "gpu03:61441",
+            (),
+        ),
+        (
+            {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:34", "OMPI_COMM_WORLD_SIZE": "2",
+             "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+            "10.0.0.1:61441",
+            [1],
+        ),
+    ],
+)  # fmt: skip
+def test_what_jax_detects_fits(env, address, visible, monkeypatch):
+    """JAX's own detection agrees with `find_place`, and several processes of a host get a device each."""
+    from jax._src.clusters import ClusterEnv
+
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    place = find_place(DistributedConfig(), os.environ)
+    ids = () if place.local_count == 1 else None
+    detected = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, ids, None, 1)
+    assert detected == (address, place.count, place.index, visible)
+
+
+def test_half_an_address_is_refused():
+    with pytest.raises(ValueError, match=r"distributed\.process_id is missing .*JAX_PROCESS_ID"):
+        find_place(DistributedConfig(coordinator_address="a:1", num_processes=2), {})
+    assert jax.process_count() == 1
