@@ -1,13 +1,16 @@
 """Checkpoints: what is kept, what is restored, what a resume may change."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdraft.checkpoint import Checkpoints, abstract_like, as_json, check_resume, load_params, pick_step
+from jaxdraft.sharding import MESH_AXES, make_mesh
 
 
 @jax.tree_util.register_dataclass
@@ -42,6 +45,30 @@ def test_restore_is_bit_identical(tmp_path):
     assert isinstance(restored, State)
     np.testing.assert_array_equal(restored.params["fc"], saved.params["fc"])
     assert restored.step == 5
+
+
+def test_another_mesh_restores_the_same_bits(tmp_path):
+    """Saved on (2, 2, 2): restored on another mesh, on one device, and by a reader that knows no mesh."""
+
+    def placed(mesh):
+        sharding = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+        return dataclasses.replace(
+            jax.device_put(state, NamedSharding(mesh, PartitionSpec())),
+            params=jax.device_put(state.params, sharding),
+        )
+
+    state = State(jnp.int32(3), {"fc": jax.random.normal(jax.random.key(0), (8, 4))})
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(3, placed(make_mesh(data=2, fsdp=2, tensor=2, devices=jax.devices()[:8])), {})
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for sizes in ((1, 8, 1), (1, 1, 4), (1, 1, 1)):
+            devices = jax.devices()[: math.prod(sizes)]
+            mesh = make_mesh(**dict(zip(MESH_AXES, sizes, strict=True)), devices=devices)
+            restored = checkpoints.restore(3, abstract_like(placed(mesh)))
+            np.testing.assert_array_equal(restored.params["fc"], state.params["fc"])
+            assert restored.params["fc"].sharding.mesh == mesh
+            assert restored.step == 3
+        np.testing.assert_array_equal(checkpoints.restore_raw(3)["params"]["fc"], state.params["fc"])
 
 
 def test_unknown_checkpoint_lists_those_there(tmp_path):
