@@ -51,7 +51,7 @@ def test_help_lists_every_field_with_type_default_and_a_line():
                 assert f"--{prefix}{field.name}".replace("_", "-") in text, field.name
 
     check(Config)
-    assert "--data.row-tokens INT Tokens of a packed row, and of a sample at most. (default: 1024)" in text
+    assert "--data.row-tokens INT Tokens of a packed row, and of a sample at most. (default: 512)" in text
 
 
 @pytest.mark.parametrize(
