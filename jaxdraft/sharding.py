@@ -41,23 +41,28 @@ class ShardingRules:
         return PartitionSpec(*entries)
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh; one size may be -1 and takes what is left.
+def mesh_sizes(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int, int, int]:
+    """The sizes of the axes; one may be -1 and takes what is left.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
     fixed = int(np.prod([size for size in sizes if size != -1]))
     if sizes.count(-1) == 1 and fixed > 0:
-        sizes[sizes.index(-1)] = len(devices) // fixed
-    if min(sizes) < 1 or np.prod(sizes) != len(devices):
+        sizes[sizes.index(-1)] = num_devices // fixed
+    if min(sizes) < 1 or np.prod(sizes) != num_devices:
         raise ValueError(
-            f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} do not multiply to the {len(devices)} devices "
+            f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} do not multiply to the {num_devices} devices "
             "here; set one of them to -1"
         )
-    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
+    return tuple(sizes)
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh. Raises ValueError as `mesh_sizes` does."""
+    devices = jax.devices() if devices is None else devices
+    return Mesh(np.asarray(devices).reshape(mesh_sizes(data, fsdp, tensor, len(devices))), MESH_AXES)
 
 
 def shardings(

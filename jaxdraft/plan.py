@@ -1,0 +1,279 @@
+"""What a run needs before anything is paid for: `python -m jaxdraft.plan --config NAME --devices N [options]`.
+
+Memory of a device, work, time and traffic of a step, disk, hours. Runs on the CPU and reads only the target's
+config.json. What lies in memory before and after a step is computed from the shapes and shardings that training uses,
+and equals XLA's own count; activations, time and traffic are estimates by the formulas below.
+
+f, d, t: sizes of the mesh axes; h: hidden size; q, k: widths of all query and of all key heads; m: width of the MLP;
+`blocks` and `context`: tokens on one device, rows·N·B and rows·S.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.table import Table
+
+from jaxdraft.cli import parse_args, run_command
+from jaxdraft.config import Config
+from jaxdraft.gpu_memory import gib
+from jaxdraft.model.dflash import DraftConfig
+from jaxdraft.objective import Batch, Frozen, batch_shardings
+from jaxdraft.sharding import MESH_AXES, check_mesh, frozen_sharding, mesh_sizes, num_row_groups
+from jaxdraft.target import make_draft_config, open_target
+from jaxdraft.train_step import StepConfig, init_state, state_shardings
+
+LOGIT_BYTES = 2**30  # logits of one chunk of the cross entropy; their gradient is as large
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the run is planned for; the defaults are H200 hosts of 8, NVLink and one 400 Gb/s port a GPU."""
+
+    memory_gb: float = 141.0
+    tflops: float = 989.0
+    """Peak of dense bfloat16 products."""
+    share: float = 0.58
+    """Of the peak that a step reaches: 581 TFLOP/s were measured (benchmarks/RESULTS.md)."""
+    link_gbs: float = 450.0
+    """GB/s of a GPU to others of its host, one way."""
+    network_gbs: float = 50.0
+    """GB/s of a GPU to other hosts."""
+    gpus_per_host: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """Of one device and one optimizer step."""
+
+    memory: dict[str, int]
+    """Bytes by purpose."""
+    flop: float
+    target_flop: float
+    traffic: dict[str, tuple[float, bool]]
+    """Bytes a device sends, by purpose; True where they leave the host."""
+
+    def seconds(self, machine: Machine) -> tuple[float, float]:
+        """(computing, sending), as if nothing overlapped."""
+        work = (self.flop + self.target_flop) / (machine.share * machine.tflops * 1e12)
+        speed = {False: machine.link_gbs * 1e9, True: machine.network_gbs * 1e9}
+        return work, sum(size / speed[outside] for size, outside in self.traffic.values())
+
+
+def abstract_step(config: Config, draft: DraftConfig, mesh: Any, *, tied: bool) -> tuple[Any, Any]:
+    """(arguments, outputs) of the compiled training step as shapes with shardings, as `train_step` has them."""
+    dtype, s = jnp.dtype(config.compute_dtype), config.data.row_tokens
+    options = step_options(config)
+    rows = config.rows_per_device * num_row_groups(mesh)
+
+    def placed(shape, dtype, sharding):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    matrix = placed((draft.vocab_size, draft.hidden_size), dtype, frozen_sharding(mesh))
+    head = matrix if tied else placed(matrix.shape, dtype, matrix.sharding)
+    state = jax.tree.map(
+        lambda x, sharding: placed(x.shape, x.dtype, sharding),
+        jax.eval_shape(lambda: init_state(draft, config.optim, options, jax.random.key(0))),
+        state_shardings(draft, config.optim, options, mesh),
+    )
+    features = (rows, s, draft.feature_size), jnp.dtype(config.bridge.feature_dtype)
+    shapes = Batch(
+        tokens=((rows, s), jnp.int32),
+        segment_start=((rows, s), jnp.int32),
+        loss_mask=((rows, s), jnp.uint8),
+        features=features,
+        num_tokens=((rows,), jnp.int32),
+        row_ids=((rows,), jnp.int32),
+    )
+    batch = jax.tree.map(
+        lambda sharding, shape: placed(*shape, sharding), batch_shardings(mesh), shapes, is_leaf=_is_sharding
+    )
+    key = placed((2,), jnp.uint32, NamedSharding(mesh, PartitionSpec()))
+    return (Frozen(embedding=matrix, head=head), state, batch, key), state
+
+
+def _is_sharding(x: Any) -> bool:
+    return isinstance(x, NamedSharding)
+
+
+def step_options(config: Config) -> StepConfig:
+    return StepConfig(
+        num_anchors=config.num_anchors,
+        total_steps=1,
+        anchor_rule=config.anchor_rule,
+        accumulation=config.accumulation,
+        compute_dtype=config.compute_dtype,
+    )
+
+
+def device_bytes(tree: Any) -> int:
+    """Of one device; the same array twice (a tied head) counts once."""
+    leaves = {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values()
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def plan_step(
+    config: Config, draft: DraftConfig, mesh: Any, machine: Machine, *, tied: bool, target_params: float = 0.0
+) -> StepPlan:
+    """Estimates for a mesh; `target_params`: parameters that the target uses for a token, 0 without a target here."""
+    (frozen, state, batch, _), _ = abstract_step(config, draft, mesh, tied=tied)
+    d, f, t = (mesh.shape[axis] for axis in MESH_AXES)
+    wide, rows, layers = jnp.dtype(config.compute_dtype).itemsize, config.rows_per_device, draft.num_layers
+    h, m = draft.hidden_size, draft.intermediate_size
+    q, k = draft.num_heads * draft.head_dim, draft.num_kv_heads * draft.head_dim
+    blocks, context = rows * config.num_anchors * draft.block_size, rows * config.data.row_tokens
+    params = sum(math.prod(x.shape) for x in state.params.values())
+
+    # Saved for the backward pass: inputs of every product, and the context's keys and values.
+    saved = wide * layers * (blocks * (4 * h + 3 * (q + k + m) / t) + context * 3 * k / t) + wide * context * 2 * h
+    chunk = min(LOGIT_BYTES, wide * blocks * draft.vocab_size / t)
+    memory = {
+        "masters and moments": device_bytes(state),
+        "gradients": device_bytes(state.params),
+        "weights of one step": int(wide * params / t),
+        "embedding and head": device_bytes(frozen),
+        "features and rows, in slots": config.bridge.num_slots * device_bytes(batch),
+        "activations": int(saved),
+        "logits, largest temporary": int(2 * chunk),
+        "target": int(2 * target_params),
+    }
+
+    layer = 2 * h * q + 2 * h * k + 3 * h * m
+    attention = 14 * blocks * (config.data.row_tokens / 2 + draft.block_size) * q
+    flop = layers * (6 * blocks * layer + 6 * context * 2 * h * k + attention)
+    flop += 4 * context * draft.feature_size * h + 4 * blocks * draft.vocab_size * h
+
+    inside = machine.gpus_per_host
+    sends = {
+        "weights, gathered over fsdp": (wide * params / t * (f - 1) / f, f * t > inside),
+        "gradients, summed over fsdp": (4 * params / t * (f - 1) / f, f * t > inside),
+        "gradients, summed over data": (8 * params / (t * f) * (d - 1) / d, d * f * t > inside),
+        "activations, summed over tensor": (2 * wide * (t - 1) / t * blocks * h * (4 * layers + 2), t > inside),
+        "context, gathered over tensor": (3 * wide * (t - 1) / t * context * h, t > inside),
+    }
+    micro = config.accumulation
+    return StepPlan(
+        memory=memory,
+        flop=micro * flop / t,
+        target_flop=micro * 2 * target_params * context,  # each device runs its rows' target, also where it shares them
+        traffic={name: (micro * size, outside) for name, (size, outside) in sends.items() if size},
+    )
+
+
+def advice(plan: StepPlan, machine: Machine, mesh: Any) -> str:
+    """What to do where the memory does not suffice, else that it does."""
+    need, there = sum(plan.memory.values()), machine.memory_gb * 1e9
+    if need <= there:
+        return f"fits: {gib(need)} of {gib(int(there))}"
+    by_fsdp = plan.memory["masters and moments"] + plan.memory["gradients"]
+    by_rows = plan.memory["activations"] + plan.memory["features and rows, in slots"]
+    if plan.memory["target"] > there / 2:
+        remedy = "run the target on GPUs of its own"
+    elif by_fsdp >= by_rows:
+        remedy = f"raise mesh.fsdp (now {mesh.shape['fsdp']}), which divides masters, moments and gradients"
+    else:
+        remedy = f"lower rows_per_device, or raise mesh.tensor (now {mesh.shape['tensor']}), which divides activations"
+    return f"does not fit: {gib(need)} of {gib(int(there))}; {remedy}"
+
+
+def plan_mesh(config: Config, devices: int) -> AbstractMesh:
+    """The mesh of a config on that many devices. Raises ValueError as `sharding.make_mesh` does."""
+    return AbstractMesh(mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices), MESH_AXES)
+
+
+def scaling(config: Config, draft: DraftConfig, machine: Machine, counts: Sequence[int], **options) -> list[tuple]:
+    """(devices, seconds a step, rows a second, efficiency without and with overlap) with the config's fsdp and tensor,
+    `fsdp` no larger than the number of devices."""
+    lines, single = [], None
+    for count in counts:
+        fsdp = min(max(config.mesh.fsdp, 1), count)
+        mesh = AbstractMesh((count // fsdp, fsdp, 1), MESH_AXES)
+        work, sending = plan_step(config, draft, mesh, machine, **options).seconds(machine)
+        seconds = work + sending
+        single = single or seconds
+        rows = config.rows_per_device * config.accumulation * count
+        lines.append((count, seconds, rows / seconds, single / seconds, single / max(work, sending)))
+    return lines
+
+
+def print_plan(console: Console, config: Config, draft: DraftConfig, mesh: Any, machine: Machine, own: Any, tied: bool):
+    options = {"tied": tied, "target_params": own.target_params * 1e9}
+    plan = plan_step(config, draft, mesh, machine, **options)
+    table = Table(title=f"a device of mesh {dict(mesh.shape)}", title_justify="left")
+    table.add_column("memory")
+    table.add_column("GiB", justify="right")
+    for name, size in plan.memory.items():
+        table.add_row(name, f"{size / 2**30:.2f}")
+    table.add_row("all", f"{sum(plan.memory.values()) / 2**30:.2f}")
+    console.print(table, advice(plan, machine, mesh), sep="\n", highlight=False)
+
+    work, sending = plan.seconds(machine)
+    rows = config.rows_per_device * config.accumulation * num_row_groups(mesh)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
+    say(f"step     {rows} rows: {plan.flop / 1e12:.1f} TFLOP a device, and {plan.target_flop / 1e12:.1f} of the target")
+    for name, (size, outside) in plan.traffic.items():
+        speed = machine.network_gbs if outside else machine.link_gbs
+        where = "between hosts" if outside else "within a host"
+        say(f"traffic  {name}: {size / 1e9:.2f} GB a device {where}, {size / speed / 1e6:.1f} ms")
+    say(
+        f"time     {1e3 * work:.1f} ms computing at {machine.share:.0%} of {machine.tflops:g} TFLOP/s, "
+        f"{1e3 * sending:.1f} ms sending if nothing overlaps"
+    )
+    params = sum(math.prod(x.shape) for x in abstract_step(config, draft, mesh, tied=tied)[1].params.values())
+    kept = config.keep_checkpoints + 2
+    say(f"disk     {kept} checkpoints of {gib(12 * params)}, export {gib(2 * params)}")
+    if own.tokens:
+        tokens = own.tokens * 1e6
+        width = draft.feature_size * jnp.dtype(config.bridge.feature_dtype).itemsize
+        steps = math.ceil(config.epochs * math.ceil(tokens / config.data.row_tokens) / rows)
+        hours = steps * (work + sending) / 3600
+        say(f"disk     a cache of all features would take {tokens * width / 1e12:.2f} TB")
+        say(f"run      {config.epochs} epochs, {steps:,} steps, {hours:.1f} hours, {hours * mesh.size:.0f} GPU-hours")
+    if own.scaling:
+        curve = Table(title="projected scaling, the same rows on each device", title_justify="left")
+        for name in ("devices", "ms a step", "rows/s", "efficiency", "with overlap"):
+            curve.add_column(name, justify="right")
+        for count, seconds, rate, alone, overlapped in scaling(
+            config, draft, machine, [2**i for i in range(11)], **options
+        ):
+            curve.add_row(str(count), f"{1e3 * seconds:.1f}", f"{rate:.1f}", f"{alone:.1%}", f"{overlapped:.1%}")
+        console.print(curve)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxdraft.plan", description=__doc__.splitlines()[0], add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--devices", type=int, default=1, help="of the whole run")
+    parser.add_argument("--tokens", type=float, metavar="MILLIONS", help="of the training data, for hours")
+    parser.add_argument("--target-params", type=float, default=0.0, metavar="BILLIONS", help="that share the device")
+    parser.add_argument("--scaling", action="store_true", help="print the projected curve of 1 to 1024 devices")
+    for name, field in Machine.__dataclass_fields__.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(field.default), default=field.default)
+    own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(rest):
+        parser.print_help()
+        print("\nand the fields of the config:\n")
+    config = parse_args(rest)
+    target = open_target(config.target)
+    draft = make_draft_config(config.draft, target)
+    mesh = plan_mesh(config, own.devices)
+    check_mesh(mesh, draft, config.data.row_tokens)
+    machine = Machine(**{name: getattr(own, name) for name in Machine.__dataclass_fields__})
+    tied = bool(target.field("tie_word_embeddings", False)) and config.target.lm_head_key is None
+    print_plan(Console(), config, draft, mesh, machine, own, tied)
+
+
+if __name__ == "__main__":
+    run_command(main)
