@@ -345,3 +345,36 @@ def test_pictures_are_prepared_ahead(worker, monkeypatch):
     filled, _ = fill(worker, (1, 1), ())  # a sample twice
     assert filled[0].samples == (1, 1)
     assert not worker._ahead
+
+
+def test_bridges_that_share_a_row_write_their_part_of_its_features(worker, monkeypatch):
+    """Two halves make the whole row; everything else is the same on both, a fault beyond one's own half included."""
+    rows = (Row(row_id=0, samples=(0, 1, 3)), Row(row_id=1, samples=(4, 2)))
+
+    def spoiled(states):
+        states[: len(states) // 4] = np.nan  # in the first half of the row
+        return states
+
+    def halves(parts: int):
+        for place in range(parts):
+            spec = dataclasses.replace(worker._spec, row_tokens=330, feature_slice=(place, parts))
+            layout = spec.slot_layout(worker.ready.feature_width)
+            monkeypatch.setattr(worker, "_spec", spec)
+            monkeypatch.setattr(worker, "_layout", layout)
+            memory = torch.full((layout.slot_bytes + layout.ALIGNMENT,), 0xA5, dtype=torch.uint8)
+            slot = slot_arrays(layout, memory.data_ptr(), (CPU, 0))
+            filled = worker.fill("train", rows, slot)
+            yield filled, {name: torch.from_dlpack(producer).clone() for name, producer in slot.items()}
+
+    for target in (worker.target, Broken(worker.target, spoiled)):
+        monkeypatch.setattr(worker, "target", target)
+        ((filled, whole),) = halves(1)
+        (filled_a, first), (filled_b, second) = halves(2)
+        assert first["features"].shape == (2, 165, worker.ready.feature_width)
+        torch.testing.assert_close(torch.cat([first["features"], second["features"]], dim=1), whole["features"])
+        for name in ("tokens", "segment_start", "loss_mask"):
+            assert torch.equal(first[name], whole[name])
+            assert torch.equal(second[name], whole[name])
+        samples = [[row.samples for row in rows] for rows in (filled, filled_a, filled_b)]
+        assert samples[0] == samples[1] == samples[2]
+    assert any(row.skipped for row in filled)
