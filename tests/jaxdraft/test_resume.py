@@ -73,7 +73,7 @@ def test_kills_change_nothing(baseline, tmp_path):
 def test_sigterm_saves_and_ends_well(baseline, tmp_path):
     directory, config, backend, _ = baseline
     if backend == "sglang":
-        return  # the signal's path does not touch the target
+        pytest.skip("shown with the transformers target: the signal's path does not touch it")
     args = ["--output-dir", str(tmp_path)]
     run_dir = tmp_path / "small"
     code, output = runs.kill_at(runs.start(config, *args), run_dir, 3, victim="trainer", number=signal.SIGTERM)
@@ -99,7 +99,7 @@ def test_sigterm_saves_and_ends_well(baseline, tmp_path):
 def test_resume_with_something_else_is_refused(baseline, args, named):
     directory, config, backend, _ = baseline
     if backend == "sglang":
-        return
+        pytest.skip("shown with the transformers target: the refusal comes before it is used")
     before = load_params(directory / "runs" / "small")[1]
     code, output = runs.run(config, *args)
     assert code == 2
