@@ -32,9 +32,10 @@ from rich.table import Table
 from jaxdraft.cli import parse_args, run_command
 from jaxdraft.config import Config
 from jaxdraft.convert import load_draft, read_draft_config
-from jaxdraft.evaluate import as_served, check_capture
+from jaxdraft.evaluate import as_served
 from jaxdraft.export import check_target, digest, export_draft
-from jaxdraft.features import Bridge, BridgeError, FeatureStream, open_bridge
+from jaxdraft.features import Bridge, BridgeError, FeatureStream
+from jaxdraft.held_out import open_held_out
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import from_tensors, to_tensors
 from jaxdraft.objective import Frozen, Params
@@ -48,7 +49,7 @@ from jaxdraft.parity import (
     tensor_difference,
 )
 from jaxdraft.run import Request
-from jaxdraft.target import TargetModel, load_frozen, open_target
+from jaxdraft.target import TargetModel, open_target
 
 # --- the directory ----------------------------------------------------------------------------------------------------
 
@@ -155,30 +156,20 @@ def check_draft(directory: str | Path, config: Config, *, num_anchors: int = 6) 
     files, params, draft = check_directory(directory, target.config)
     if params is None:
         return [files]
-    config = dataclasses.replace(
-        config,
-        draft=dataclasses.replace(config.draft, block_size=draft.block_size),
-        data=dataclasses.replace(config.data, train_path=config.data.train_path if not config.data.eval_path else None),
-    )
-    with open_bridge(config, draft.target_layer_ids, log_path=config.run_dir / "check.log") as bridge:
-        check_capture(directory, bridge.ready.target.capture)
-        table = bridge.ready.indexes.get("eval")
-        if table is None:
-            raise ValueError("there is no held-out data; set data.eval_path, or data.eval_fraction above 0")
-        chosen = choose_conversations(np.frombuffer(table.num_images, np.uint8))
+    with open_held_out(directory, draft, target, config, log_name="check.log") as held:
+        chosen = choose_conversations(held.num_images)
         conversations = []
         rows = config.rows_per_device
         requests = [
             Request("eval", tuple((r, (sample,) if r == 0 else ()) for r in range(rows))) for sample in chosen.values()
         ]
-        stream = FeatureStream(bridge, requests)
+        stream = FeatureStream(held.bridge, requests)
         for kind, slot in zip(chosen, stream, strict=True):
             conversations += conversations_of(slot, [kind], num_anchors)
             stream.release(slot.filled)
         # As the target has them: a bfloat16 target rounds a float32 checkpoint.
-        embedding, head = load_frozen(config.target, target, jnp.dtype(config.target.dtype))
-        frozen = Frozen(embedding=embedding, head=head)
-        return [files, *compare_systems(bridge, directory, params, draft, frozen, conversations)]
+        frozen = held.frozen(config.target.dtype)
+        return [files, *compare_systems(held.bridge, directory, params, draft, frozen, conversations)]
 
 
 def print_verdicts(console: Console, title: str, verdicts: Sequence[Verdict]) -> None:

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +32,13 @@ from jaxdraft.convert import load_draft
 from jaxdraft.distributed import from_host, to_host
 from jaxdraft.eval_result import Answer, DecodeResult, EvalResult, finite, summarise
 from jaxdraft.export import check_target
-from jaxdraft.features import Bridge, BridgeError, FeatureStream, Slot, open_bridge
+from jaxdraft.features import Bridge, BridgeError, FeatureStream, Slot
+from jaxdraft.held_out import HeldOut, open_held_out
 from jaxdraft.losses import LossSums
 from jaxdraft.model.tensors import from_tensors
-from jaxdraft.objective import Frozen, Params, Predictions
+from jaxdraft.objective import Params, Predictions
 from jaxdraft.run import make_plan, write_json
-from jaxdraft.target import load_frozen, open_target
+from jaxdraft.target import open_target
 from jaxdraft.tau_table import expected_speedup, tau_table
 from jaxdraft.train_step import StepConfig, make_eval_step
 
@@ -188,29 +188,10 @@ def evaluate_draft(
     tensors, draft = load_draft(directory)
     target = open_target(config.target)
     check_target(draft, target.config)
-    # Held-out samples are those of a training with this block size. The training data is read only to hold a share out.
-    config = dataclasses.replace(
-        config,
-        draft=dataclasses.replace(config.draft, block_size=draft.block_size),
-        data=dataclasses.replace(config.data, train_path=config.data.train_path if not config.data.eval_path else None),
-    )
-    with open_bridge(config, draft.target_layer_ids, log_path=config.run_dir / "evaluate.log") as bridge:
-        check_capture(directory, bridge.ready.target.capture)
-        table = bridge.ready.indexes.get("eval")
-        if table is None:
-            raise ValueError("there is no held-out data; set data.eval_path, or data.eval_fraction above 0")
-        embedding, head = load_frozen(config.target, target, jnp.dtype(config.compute_dtype))
-        options = StepConfig(num_anchors=config.num_anchors, total_steps=1, compute_dtype=config.compute_dtype)
-        eval_step = make_eval_step(draft, config.loss, options, Frozen(embedding=embedding, head=head))
-        params = {name: jnp.asarray(a, jnp.float32) for name, a in from_tensors(tensors, draft).items()}
-
-        plan = make_plan(config, np.empty(0, np.int32), np.frombuffer(table.lengths, "<i4"))
-        stream = FeatureStream(bridge, plan.eval_requests)
-        result = evaluate_batches(eval_step, params, stream, len(plan.eval_requests), draft.block_size)
-        console.print(
-            f"{len(result.answers)} answers in {len(plan.eval_rows)} held-out rows; now decoding", highlight=False
-        )
-        decoded, num_images = None, np.frombuffer(table.num_images, np.uint8)
+    with open_held_out(directory, draft, target, config, log_name="evaluate.log") as held:
+        result = evaluate_held_out(held, tensors)
+        console.print(f"{len(result.answers)} held-out answers evaluated; now decoding", highlight=False)
+        decoded, num_images, bridge = None, held.num_images, held.bridge
         summary = {"draft": str(directory), "target_backend": bridge.ready.target.backend}
         if config.num_decode:
             samples = choose_samples(result, num_images, config.num_decode)
@@ -222,18 +203,15 @@ def evaluate_draft(
         return summarise(result, decoded) | summary | {"tau_table": table}
 
 
-def check_capture(directory: str | Path, capture: str) -> None:
-    """Refuse features that mean something else than those the draft was trained on. A foreign draft does not say.
-
-    Raises ValueError.
-    """
-    file = Path(directory) / "export.json"
-    trained = json.loads(file.read_text())["capture"] if file.is_file() else capture
-    if trained != capture:
-        raise ValueError(
-            f"the draft was trained on capture={trained!r} and this target gives {capture!r}; "
-            "use the SGLang version (or backend) that the draft was trained with"
-        )
+def evaluate_held_out(held: HeldOut, tensors: Mapping[str, np.ndarray]) -> EvalResult:
+    """Every anchor of the held-out rows, with a draft's tensors by exported name."""
+    config, draft = held.config, held.draft
+    options = StepConfig(num_anchors=config.num_anchors, total_steps=1, compute_dtype=config.compute_dtype)
+    eval_step = make_eval_step(draft, config.loss, options, held.frozen(config.compute_dtype))
+    params = {name: jnp.asarray(a, jnp.float32) for name, a in from_tensors(tensors, draft).items()}
+    plan = make_plan(config, np.empty(0, np.int32), held.lengths)
+    stream = FeatureStream(held.bridge, plan.eval_requests)
+    return evaluate_batches(eval_step, params, stream, len(plan.eval_requests), draft.block_size)
 
 
 def print_evaluation(console: Console, summary: dict[str, Any]) -> None:

@@ -19,13 +19,13 @@ from jaxdraft.eval_result import Answer, DecodeResult, EvalResult, agreement, su
 from jaxdraft.evaluate import (
     anchor_chunks,
     candidates,
-    check_capture,
     choose_samples,
     evaluate_batches,
     find_answers,
     host_rows,
 )
 from jaxdraft.export import export_draft
+from jaxdraft.held_out import check_capture
 from jaxdraft.losses import LossConfig
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import from_tensors, tensor_table
