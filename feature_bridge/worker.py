@@ -40,7 +40,7 @@ from feature_bridge.memory import Producer
 from feature_bridge.processors import load_processor
 from feature_bridge.samples import Sample, render_inputs
 from feature_bridge.targets import load_target, read_text_config, resolve_directory
-from feature_bridge.targets.base import Grid, Request, Target, check_request
+from feature_bridge.targets.base import Grid, Request, Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,8 +185,7 @@ class Worker:
                 pixel_values=None if pixel_values is None else torch.from_numpy(pixel_values),
                 image_grids=tuple(Grid(*grid) for grid in grids),
             )
-            check_request(request, self.target.config, self.target.max_tokens)
-            return replace(left, request=request)
+            return replace(left, request=self.target.prepare(request))
         except (MediaError, ValueError, OSError) as error:
             return replace(left, skip=Skip(where=left.where, reason=str(error)))
 

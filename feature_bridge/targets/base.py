@@ -41,6 +41,7 @@ class Request:
     tokens: Int32[np.ndarray, " T"]
     pixel_values: Float[Tensor, "patches patch_dim"] | None = None  # the pictures' patches, one after the other
     image_grids: tuple[Grid, ...] = ()
+    prepared: Any = None  # by `Target.prepare`: the target's own, and only its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +74,12 @@ class Target(Protocol):
     layers: Sequence[nn.Module]
     state_of: StateOf
     max_tokens: int
+
+    def prepare(self, request: Request) -> Request:
+        """The request, checked, with everything that needs no GPU computed; any thread may do so, ahead of `extend`.
+
+        Raises ValueError as `extend` does.
+        """
 
     def extend(self, requests: Sequence[Request], *, last_hidden: bool = False) -> Extended:
         """Hidden states of every token of every request.

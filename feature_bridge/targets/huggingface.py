@@ -63,6 +63,11 @@ class HuggingFaceTarget:
     def layers(self) -> Sequence[nn.Module]:
         return _decoder(self._model).layers
 
+    def prepare(self, request: Request) -> Request:
+        """See `base.Target.prepare`: the check alone."""
+        check_request(request, self.config, self.max_tokens)
+        return request
+
     @torch.inference_mode()
     def extend(self, requests: Sequence[Request], *, last_hidden: bool = False) -> Extended:
         """See `base.Target.extend`."""

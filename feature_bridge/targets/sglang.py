@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from feature_bridge.contracts import TargetInfo, TargetSpec
@@ -87,6 +88,10 @@ class SGLangTarget:
         inner = self._model if hasattr(self._model, "layers") else self._model.model
         return inner.layers
 
+    def prepare(self, request: Request) -> Request:
+        """See `base.Target.prepare`: positions, and the hashes of the pictures."""
+        return request if request.prepared is not None else replace(request, prepared=self._places(request))
+
     @torch.no_grad()
     def extend(self, requests: Sequence[Request], *, last_hidden: bool = False) -> Extended:
         """See `base.Target.extend`. More requests or tokens than the pools hold take several extends."""
@@ -132,10 +137,8 @@ class SGLangTarget:
         from sglang.srt.managers.schedule_batch import Req
         from sglang.srt.sampling.sampling_params import SamplingParams
 
-        spans = check_request(request, self.config, self.max_tokens)
-        ids, pictures = request.tokens.tolist(), None
-        if spans:
-            ids, pictures = self._pictures(request, spans)
+        request = self.prepare(request)
+        ids, pictures = self._pictures(request)
         req = Req(
             rid=str(number),
             origin_input_text="",
@@ -147,10 +150,12 @@ class SGLangTarget:
         versions.prefill_whole(req)
         return req
 
-    def _pictures(self, request: Request, spans: list[tuple[int, int]]) -> tuple[list[int], Any]:
-        """SGLang's ids, with each picture's placeholders replaced by its pad value, and its multimodal inputs."""
+    def _places(self, request: Request) -> _Places:
+        """Where a request's pictures are among its tokens, which they are, and every token's M-RoPE position."""
+        spans = check_request(request, self.config, self.max_tokens)
+        if not spans:
+            return _Places(spans, (), (), None, None)
         from sglang.srt.layers.rotary_embedding import MRotaryEmbedding
-        from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
 
         config, vision = self.config, self.config.vision_config
         positions, delta = MRotaryEmbedding.get_rope_index(
@@ -163,24 +168,47 @@ class SGLangTarget:
             image_grid_thw=torch.tensor(request.image_grids),
             tokens_per_second=getattr(vision, "tokens_per_second", None),
         )
-        ids, items = request.tokens.tolist(), []
         assert request.pixel_values is not None
         patches = request.pixel_values.split([grid.num_patches for grid in map(Grid._make, request.image_grids)])
-        for pixels, grid, (start, end) in zip(patches, request.image_grids, spans, strict=True):
+        hashes = [content_hash(pixels, grid) for pixels, grid in zip(patches, request.image_grids, strict=True)]
+        return _Places(spans, patches, hashes, positions.squeeze(1), delta)
+
+    def _pictures(self, request: Request) -> tuple[list[int], Any]:
+        """SGLang's ids, with each picture's placeholders replaced by its pad value, and its multimodal inputs.
+
+        Made anew for every extend, since SGLang writes into them.
+        """
+        from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
+
+        ids, items, places = request.tokens.tolist(), [], request.prepared
+        if not places.spans:
+            return ids, None
+        pictures = zip(places.patches, places.hashes, request.image_grids, places.spans, strict=True)
+        for pixels, digest, grid, (start, end) in pictures:
             item = MultimodalDataItem(modality=Modality.IMAGE, feature=pixels, offsets=[(start, end - 1)])
             item.set("image_grid_thw", torch.tensor([grid]))
-            item.hash = content_hash(pixels, grid)
+            item.hash = digest
             item.set_pad_value()
             ids[start:end] = [item.pad_value] * (end - start)
             items.append(item)
         return ids, MultimodalInputs(
             mm_items=items,
-            im_token_id=config.image_token_id,
-            im_start_id=config.vision_start_token_id,
-            im_end_id=config.vision_end_token_id,
-            mrope_positions=positions.squeeze(1),
-            mrope_position_delta=delta,
+            im_token_id=self.config.image_token_id,
+            im_start_id=self.config.vision_start_token_id,
+            im_end_id=self.config.vision_end_token_id,
+            mrope_positions=places.positions,
+            mrope_position_delta=places.delta,
         )
+
+
+class _Places(NamedTuple):
+    """What `SGLangTarget.prepare` works out of a request."""
+
+    spans: Sequence[tuple[int, int]]  # first and one-past-last token of each picture
+    patches: Sequence[Float[Tensor, "patches patch_dim"]]  # of each picture
+    hashes: Sequence[int]
+    positions: Int64[Tensor, "3 T"] | None
+    delta: Tensor | None
 
 
 def content_hash(pixels: Float[Tensor, "patches patch_dim"], grid: Sequence[int]) -> int:

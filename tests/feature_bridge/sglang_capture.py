@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,10 @@ def main(path: str, layer_ids: str, dtype: str, out: str) -> None:
             if before:
                 target.extend(before)
             tensors[f"{cache} cache/features"] = target.extend(row).features
+        ahead = [target.prepare(request) for request in row]
+        with unittest.mock.patch.object(target, "_places", side_effect=AssertionError("computed again")):
+            for _ in range(2):  # SGLang writes into what it is given
+                tensors["prepared ahead/features"] = target.extend(ahead).features
 
     messages["shifted"] = message(lambda: check_layer_contract(Tampered(target, swapped), target.info.capture))
     if getattr(config, "vision_config", None) is not None:

@@ -156,6 +156,12 @@ def test_cached_embeddings_change_no_bit(run, captures):
     assert torch.equal(tensors["cold cache/features"], tensors["warm cache/features"])
 
 
+@pytest.mark.parametrize("run", VLM_RUNS)
+def test_requests_prepared_ahead_give_the_same_features_each_time(run, captures):
+    tensors = captures[run].result().tensors
+    assert torch.equal(tensors["cold cache/features"], tensors["prepared ahead/features"])
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_a_sample_does_not_depend_on_its_row(run, captures, model_paths):
     captured = captures[run].result()
