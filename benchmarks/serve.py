@@ -67,7 +67,7 @@ def spoilt(draft: Path, fault: str, out: Path) -> Path:
 def serve(name: str, number: int, out: Path, args: argparse.Namespace, target: str, data: str, *more: str) -> Any:
     """One engine's answers by row, or None where it failed; its log is then printed."""
     command = [args.engine_python, "-m", "benchmarks.serve_engine", target, data, str(out / f"{name}.json")]
-    command += ["--port", str(21000 + 100 * number), *more]
+    command += ["--port", str(21000 + 2000 * number), *more]
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     start = time.monotonic()
