@@ -128,21 +128,25 @@ def server_args(wanted: dict[str, Any], extra: dict[str, Any]) -> Any:
     return ServerArgs(**{name: value for name, value in wanted.items() if name in known} | extra)
 
 
-def start_runner(args: Any) -> Any:
-    """A ModelRunner with its memory pools and attention back end, alone in its world (tensor parallel size 1)."""
+def start_runner(args: Any, rank: int = 0) -> Any:
+    """A ModelRunner with its memory pools and attention back end: this process's of `args.tp_size` ranks.
+
+    Each rank sees one GPU. Ranks meet at `args.nccl_port`.
+    """
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.server_args import PortArgs
 
-    _publish(args)
+    _publish(args, rank)
     model_config = ModelConfig.from_server_args(args)
     port = PortArgs.init_new(args).nccl_port
     parameters = inspect.signature(ModelRunner.__init__).parameters
     ranks: dict[str, Any] = {}
     if "ps" in parameters:  # 0.5.16 to 0.5.20
-        ranks["ps"] = _single_process()
+        ranks["ps"] = _parallel_state(rank, args.tp_size)
     elif "tp_rank" in parameters:  # up to 0.5.15
-        ranks = {f"{group}_{what}": n for group in ("tp", "moe_ep", "pp") for what, n in (("rank", 0), ("size", 1))}
+        ranks = {f"{group}_{what}": n for group in ("moe_ep", "pp") for what, n in (("rank", 0), ("size", 1))}
+        ranks |= {"tp_rank": rank, "tp_size": args.tp_size}
     else:  # 0.5.23: the process groups are made before the runner
         from sglang.srt.distributed import bootstrap
 
@@ -162,7 +166,7 @@ def start_runner(args: Any) -> Any:
     return runner
 
 
-def _publish(args: Any) -> None:
+def _publish(args: Any, rank: int) -> None:
     """From 0.5.18 on, modules read their settings from a context that has to be published first."""
     try:
         from sglang.srt import runtime_context
@@ -171,19 +175,18 @@ def _publish(args: Any) -> None:
     if not hasattr(runtime_context, "publish"):
         return
     if "ranks" in inspect.signature(runtime_context.publish).parameters:
-        ranks = runtime_context.SpawnRanks(world_rank=0, gpu_id=0)
+        ranks = runtime_context.SpawnRanks(world_rank=rank, gpu_id=0)
         runtime_context.publish(args, role="scheduler", ranks=ranks)
     else:
         runtime_context.publish(args, role="scheduler")
 
 
-def _single_process() -> Any:
+def _parallel_state(rank: int, size: int) -> Any:
     from sglang.srt.distributed.parallel_state_wrapper import ParallelState
 
-    if hasattr(ParallelState, "trivial"):
-        return ParallelState.trivial()
     names = [field.name for field in dataclasses.fields(ParallelState)]
-    return ParallelState(**{name: 0 if name.endswith("rank") or name == "gpu_id" else 1 for name in names})
+    ours = {f"{group}_{what}": n for group in ("tp", "attn_tp") for what, n in (("rank", rank), ("size", size))}
+    return ParallelState(**{name: 0 if name.endswith("rank") or name == "gpu_id" else 1 for name in names} | ours)
 
 
 def start_embedding_cache(num_bytes: int) -> None:
