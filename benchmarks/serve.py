@@ -149,6 +149,15 @@ def print_taus(served: dict[str, Any], last: dict[str, Answer], block_size: int)
     return difference
 
 
+def print_fault(name: str, spoilt: dict[str, Any], right: dict[str, Any]) -> None:
+    same = sum(spoilt[row]["tokens"] == right[row]["tokens"] for row in right)
+    taus = [served_tau([x["early"] for x in answers.values() if "early" in x])[1] for answers in (spoilt, right)]
+    print(
+        f"planted fault, {name}: tau {taus[0]:.3f}, and {taus[1]:.3f} without it; "
+        f"the same text in {same} of {len(right)} conversations"
+    )
+
+
 def repeats(one: dict[str, Any]) -> bool:
     """Whether the second round came and gave the first one's tokens again."""
     return "early" in one and one["early"]["tokens"] == one["tokens"][: one["early"]["limit"]]
@@ -180,27 +189,23 @@ def main() -> int:
     if args.replay_only:
         found = {name: json.loads((out / f"{name}.json").read_text()) for name in ("alone", "draft")}
     else:
-        own = ("--number", str(args.number))
         drafts = {"draft": args.draft, **{fault: spoilt(args.draft, fault, out) for fault in faults}}
         block_size = str(load_draft(args.draft)[1].block_size)
         options = {name: ("--draft", str(path), "--block-size", block_size) for name, path in drafts.items()}
+        # A spoilt draft needs more verify calls, and fewer conversations to be seen.
+        numbers = {name: max(1, args.number // 4) if name in faults else args.number for name in ("alone", *drafts)}
+        where = (out, args, config.target.path, config.data.eval_path)
         with ThreadPoolExecutor() as pool:
             jobs = {
-                name: pool.submit(
-                    serve, name, i, out, args, config.target.path, config.data.eval_path, *own, *options.get(name, ())
-                )
-                for i, name in enumerate(["alone", *drafts])
+                name: pool.submit(serve, name, i, *where, "--number", str(number), *options.get(name, ()))
+                for i, (name, number) in enumerate(numbers.items())
             }
             found = {name: job.result() for name, job in jobs.items()}
     if found["alone"] and found["draft"]:
         print_equality(found["alone"], found["draft"])
     for fault in faults:
         if found.get(fault) and found["draft"]:
-            equal = sum(found[fault][row]["tokens"] == found["draft"][row]["tokens"] for row in found["draft"])
-            tau, right = (
-                served_tau([x["early"] for x in found[n].values() if "early" in x])[1] for n in (fault, "draft")
-            )
-            print(f"planted fault, {fault}: tau {tau:.3f}, not {right:.3f}; the same text in {equal} conversations")
+            print_fault(fault, found[fault], {row: found["draft"][row] for row in found[fault]})
     if not found["draft"]:
         return 1
     last, block_size, backend = replay_answers(args, out / "draft.jsonl", args.number)

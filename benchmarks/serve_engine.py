@@ -10,11 +10,12 @@ token are kept: where they are close, bfloat16 decides.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Prompt:
 
 
 def read_prompts(data: str, processor: Processor, number: int) -> list[Prompt]:
-    """The first `number` conversations of a file, those with equally many pictures side by side."""
+    """The first `number` conversations of a file."""
     source = open_source(data, "DATA")
     spec = DataSpec(train_path=None, max_length=10**6, min_supervised=1)
     prompts = []
@@ -69,21 +70,28 @@ def read_prompts(data: str, processor: Processor, number: int) -> list[Prompt]:
         text = processor.render(list(conversation.messages[:-1]), add_generation_prompt=True)
         sample = make_sample(record, where, source.folder, processor, spec)
         prompts.append(Prompt(row, conversation, record, text, sample.last_answer[0]))
-    return sorted(prompts, key=lambda prompt: len(prompt.pictures))
+    return prompts
 
 
-def ask(engine: Any, prompts: list[Prompt], limits: list[int], **options: Any) -> list[dict[str, Any]]:
-    """SGLang's answers; `limits`: tokens of each at most."""
-    answers = []
-    for has_pictures, group in groupby(zip(prompts, limits, strict=True), lambda pair: bool(pair[0].pictures)):
-        asked, limit = zip(*group, strict=True)
-        answers += engine.generate(
-            prompt=[prompt.text for prompt in asked],
-            image_data=[prompt.pictures for prompt in asked] if has_pictures else None,
-            sampling_params=[{"temperature": 0, "max_new_tokens": tokens} for tokens in limit],
-            **options,
+def ask(engine: Any, prompts: Sequence[Prompt], limits: Sequence[int], **options: Any) -> list[dict[str, Any]]:
+    """SGLang's answers; `limits`: tokens of each at most.
+
+    Every request is one of its own: SGLang 0.5.14 loses those of a batch that end before all its pictures are read.
+    """
+
+    async def ask_all() -> list[dict[str, Any]]:
+        requests = (
+            engine.async_generate(
+                prompt=prompt.text,
+                image_data=prompt.pictures or None,
+                sampling_params={"temperature": 0, "max_new_tokens": limit},
+                **options,
+            )
+            for prompt, limit in zip(prompts, limits, strict=True)
         )
-    return answers
+        return await asyncio.gather(*requests)
+
+    return engine.loop.run_until_complete(ask_all())
 
 
 def outcome(answer: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +156,7 @@ def main() -> None:
     if args.draft:
         short = [(p, len(o["tokens"]) - args.block_size) for p, o in zip(prompts, outcomes, strict=True)]
         asked, limits = zip(*((p, limit) for p, limit in short if limit > 1), strict=True)
-        for prompt, limit, answer in zip(asked, limits, ask(engine, list(asked), list(limits)), strict=True):
+        for prompt, limit, answer in zip(asked, limits, ask(engine, asked, limits), strict=True):
             found[str(prompt.row)]["early"] = outcome(answer) | {"limit": limit}
         args.out.write_text(json.dumps(found))
         say(f"{len(asked)} answers that stop early")

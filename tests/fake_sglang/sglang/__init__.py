@@ -1,5 +1,6 @@
 """SGLang's place on a machine without a GPU, for benchmarks.serve: decodes in transformers, counts as SGLang does."""
 
+import asyncio
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ class Engine:
     """Knows the conversations of the data file on the program's command line, by their prompts."""
 
     def __init__(self, *, model_path, port, speculative_draft_model_path=None, **_):
+        self.loop = asyncio.new_event_loop()
         layer_ids, self._draft = (0,), None
         if speculative_draft_model_path:
             self._draft = TorchDraft.load(speculative_draft_model_path, dtype=torch.float32)
@@ -39,20 +41,18 @@ class Engine:
         kept = [t for i, t in enumerate(tokens) if t != image or i == 0 or tokens[i - 1] != image]
         return self._processor.tokenizer.decode(kept)
 
-    def generate(self, *, prompt, image_data, sampling_params, return_logprob=False, top_logprobs_num=0):
-        samples = [self._samples[text] for text in prompt]
-        for sample, pictures in zip(samples, image_data or [[]] * len(samples), strict=True):
-            assert list(sample.images) == pictures
-        prompts = [prompt_of(sample, self._processor) for sample in samples]
-        limits, stop = [p["max_new_tokens"] for p in sampling_params], self._processor.eos_token_ids
+    async def async_generate(self, *, prompt, image_data, sampling_params, return_logprob=False, top_logprobs_num=0):
+        sample = self._samples[prompt]
+        assert list(sample.images) == (image_data or [])
+        request, limit = prompt_of(sample, self._processor), sampling_params["max_new_tokens"]
+        stop = self._processor.eos_token_ids
         if self._draft is None:
-            whole = [(tokens, ()) for tokens in greedy(self._target, prompts, stop, max(limits))]
-        else:
-            propose = draft_proposer(self._draft, self._target)
-            # SGLang counts a last block whole: so decode beyond the limits, and stop where it does.
-            longer = max(limits) + self._draft.shape.block_size
-            whole = [(g.tokens, g.accept_lens) for g in speculate(self._target, propose, prompts, stop, longer)]
-        return [self._answer(*w, p, limit) for w, p, limit in zip(whole, prompts, limits, strict=True)]
+            return self._answer(greedy(self._target, [request], stop, limit)[0], (), request, limit)
+        propose = draft_proposer(self._draft, self._target)
+        # SGLang counts a last block whole: so decode beyond the limit, and stop where it does.
+        longer = limit + self._draft.shape.block_size
+        (generated,) = speculate(self._target, propose, [request], stop, longer)
+        return self._answer(generated.tokens, generated.accept_lens, request, limit)
 
     def _answer(self, tokens, accept_lens, prompt, limit):
         meta = {"prompt_tokens": len(prompt.tokens)}
