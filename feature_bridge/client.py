@@ -33,11 +33,13 @@ from feature_bridge.contracts import (
     Release,
     RingMemory,
     Row,
+    SharedWeights,
     Shutdown,
 )
 from feature_bridge.cuda_ipc import require_gpu
 from feature_bridge.memory import Producer, attach_memory
 from feature_bridge.process import BridgeProcess
+from feature_bridge.weights import MappedWeights
 
 _POLL_S = 0.1  # how often whoever waits looks whether the process is alive
 _EXIT_S = 2.0  # how long a bridge that closed its connection may take to end by itself
@@ -131,10 +133,16 @@ class Client:
             shown,
             connection.take_fd,
         )
+        self._weights = MappedWeights(self._start_message(SharedWeights, deadline))
 
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def life(self) -> int:
+        """See `RestartingClient.life`."""
+        return 0
 
     @property
     def exit_code(self) -> int | None:
@@ -168,6 +176,18 @@ class Client:
     def release(self, slot: int, generation: int) -> None:
         """Gives a slot back: nothing may read its arrays any more. Late or repeated, it changes nothing."""
         self._send(Release(slot=slot, generation=generation))
+
+    def weights(self, device_id: int | None = None) -> dict[str, Producer]:
+        """The target's "embedding" and "head" in the bridge's own GPU memory, until `close_weights`.
+
+        Raises:
+          ValueError: they cannot be mapped, and why.
+        """
+        return self._weights.arrays(device_id)
+
+    def close_weights(self) -> None:
+        """Unmaps what `weights` gave: nothing may read it any more."""
+        self._weights.close()
 
     def decode(
         self,
@@ -222,6 +242,7 @@ class Client:
         First wait for whatever reads a slot: afterwards the arrays that are left read zeros.
         """
         self.end(grace_s)
+        self.close_weights()
         if self._memory is not None:
             self._memory.close()
             self._memory = None

@@ -66,6 +66,7 @@ class BridgeSpec:
     feature_dtype: Dtype = "bfloat16"
     transport: Literal["shared_memory", "cuda_ipc", "in_process"] = "shared_memory"
     memory_fraction: float | None = None  # of its GPU's memory that the bridge may take; None: what is free
+    slot_gpu: int = 0  # the GPU with the slots, of those the bridge sees; its target is on the first
     feature_slice: tuple[int, int] = (0, 1)  # (i, n): of each row it writes the i-th of n parts of the features
 
     def slot_layout(self, feature_width: int) -> SlotLayout:
@@ -206,8 +207,9 @@ class TargetInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class GpuMemory:
-    """The bridge's GPU when its target is loaded, before the ring; bytes."""
+    """The target's GPU when it is loaded, before the ring; bytes."""
 
+    uuid: str
     total: int
     free: int
     weights: int  # the target's, as files on disk
@@ -257,6 +259,26 @@ class RingMemory:
     num_bytes: int  # of all slots
     cuda_handle: bytes | None = None  # CUDA IPC handle of the allocation, where the slots are on a GPU
     gpu_uuid: str | None = None  # that GPU, as nvidia-smi names it: ordinals may differ between processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedMatrix:
+    """A matrix in the bridge's GPU memory, `offset` bytes into the allocation that the CUDA IPC handle means."""
+
+    dtype: Dtype
+    shape: tuple[int, int]
+    cuda_handle: bytes
+    offset: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedWeights:
+    """The target's embedding and LM head, for the trainer to map: follows `RingMemory`. Or why they can't be mapped."""
+
+    embedding: SharedMatrix | None = None
+    head: SharedMatrix | None = None  # equal to the embedding where they are tied
+    gpu_uuid: str | None = None
+    reason: str = ""  # why there is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,4 +347,4 @@ class Failure:
     message: str
 
 
-MESSAGES = (Fill, Release, Decode, Check, Shutdown, Ready, RingMemory, Filled, Decoded, Checked, Failure)
+MESSAGES = (Fill, Release, Decode, Check, Shutdown, Ready, RingMemory, SharedWeights, Filled, Decoded, Checked, Failure)

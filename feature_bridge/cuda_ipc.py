@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import subprocess
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -80,6 +81,21 @@ def require_gpu(who: str) -> None:
             f"bridge.transport='cuda_ipc' needs an NVIDIA GPU and its driver, and {who} sees none; "
             "use bridge.transport='shared_memory'"
         )
+
+
+def find_gpu(uuid: str | None) -> Gpu | None:
+    """The visible GPU of this name, if there is one: its ordinal may differ between processes."""
+    return next((gpu for gpu in map(Gpu, range(num_gpus())) if gpu.uuid == uuid), None)
+
+
+def host_gpus() -> list[str]:
+    """UUIDs of all GPUs of this host in nvidia-smi's order, those that CUDA_VISIBLE_DEVICES hides included."""
+    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in listed.splitlines() if line.startswith("GPU-")]
 
 
 class Gpu:
@@ -216,11 +232,11 @@ def attach_cuda_memory(layout: SlotLayout, num_slots: int, shown: RingMemory) ->
             f"the ring has {shown.num_bytes} bytes where the trainer expects {num_slots * layout.slot_bytes}: install "
             "the same version of feature_bridge in the trainer's and the bridge's environment"
         )
-    gpus = [Gpu(ordinal) for ordinal in range(num_gpus())]
-    for gpu in gpus:
-        if gpu.uuid == shown.gpu_uuid:
-            return CudaMemory(layout, num_slots, gpu, gpu.open(shown.cuda_handle), opened=True)
+    gpu = find_gpu(shown.gpu_uuid)
+    if gpu is not None:
+        return CudaMemory(layout, num_slots, gpu, gpu.open(shown.cuda_handle), opened=True)
+    seen = ", ".join(Gpu(ordinal).uuid for ordinal in range(num_gpus()))
     raise ValueError(
-        f"the bridge's slots are on {shown.gpu_uuid} and the trainer sees only {', '.join(gpu.uuid for gpu in gpus)}; "
+        f"the bridge's slots are on {shown.gpu_uuid} and the trainer sees only {seen}; "
         "give both the same GPU with CUDA_VISIBLE_DEVICES, or use bridge.transport='shared_memory'"
     )

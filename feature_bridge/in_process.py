@@ -31,6 +31,10 @@ class InProcessClient:
         self._fills: deque[Fill] = deque()
 
     @property
+    def life(self) -> int:
+        return 0
+
+    @property
     def pid(self) -> int:
         return os.getpid()
 
@@ -49,6 +53,9 @@ class InProcessClient:
 
     def slot(self, filled: Filled, device_id: int | None = None) -> dict[str, Producer]:
         return self._memory.arrays(filled.slot, device_id)
+
+    def weights(self, device_id: int | None = None) -> dict[str, Producer]:
+        return dict(self._worker.weights())
 
     def release(self, slot: int, generation: int) -> None:
         self._ring.release(slot, generation)

@@ -167,7 +167,9 @@ def _available_bytes() -> int:
 # --- by transport ----------------------------------------------------------------------------------------------------
 
 
-def create_memory(transport: str, layout: SlotLayout, num_slots: int) -> tuple[SlotMemory, RingMemory, tuple[int, ...]]:
+def create_memory(
+    transport: str, layout: SlotLayout, num_slots: int, slot_gpu: int = 0
+) -> tuple[SlotMemory, RingMemory, tuple[int, ...]]:
     """The bridge's side: the memory, the message that shows it to the trainer, file descriptors to send and close.
 
     Raises:
@@ -179,7 +181,7 @@ def create_memory(transport: str, layout: SlotLayout, num_slots: int) -> tuple[S
     if transport == "cuda_ipc":
         from feature_bridge.cuda_ipc import create_cuda_memory
 
-        return *create_cuda_memory(layout, num_slots), ()
+        return *create_cuda_memory(layout, num_slots, slot_gpu), ()
     raise ValueError(f"bridge.transport={transport!r} is not available in a bridge process; use 'shared_memory'")
 
 

@@ -28,7 +28,7 @@ class RestartingClient:
         Args:
           start: starts a bridge, as `client.connect`; called at once, and for every restart.
           restarts: how often at most.
-          say: is given a sentence at every restart.
+          say: is given a sentence at every restart, and waits for whatever reads the dead bridge's memory.
         """
         self._start, self._restarts_left, self._say = start, restarts, say
         self._life = 0
@@ -43,6 +43,11 @@ class RestartingClient:
     @property
     def pid(self) -> int:
         return self._client.pid
+
+    @property
+    def life(self) -> int:
+        """How many bridges there were before this one: what `weights` gave is that of one life."""
+        return self._life
 
     @property
     def exit_code(self) -> int | None:
@@ -75,6 +80,10 @@ class RestartingClient:
     def slot(self, filled: Filled, device_id: int | None = None) -> dict[str, Producer]:
         """See `Client.slot`."""
         return self._borrowed[filled.slot, filled.generation].slot(filled, device_id)
+
+    def weights(self, device_id: int | None = None) -> dict[str, Producer]:
+        """See `Client.weights`. After a restart they have to be asked for again: the old ones are unmapped."""
+        return self._client.weights(device_id)
 
     def release(self, slot: int, generation: int) -> None:
         """See `Client.release`. A slot of a bridge that is gone goes back to nobody."""
@@ -137,6 +146,7 @@ class RestartingClient:
             self._say(f"{error}; starting it again ({self._restarts_left} restarts left)")
             dead = self._client
             dead.end(grace_s=0.0)
+            dead.close_weights()  # the next bridge needs the room
             if dead not in self._borrowed.values():  # its memory, when nobody reads it any more
                 dead.close()
             try:

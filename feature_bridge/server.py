@@ -44,6 +44,7 @@ from feature_bridge.contracts import (
 )
 from feature_bridge.memory import Producer, SlotMemory, create_memory
 from feature_bridge.ring import Lease, Ring, RingClosed
+from feature_bridge.weights import share
 
 DEFAULT_WORKER = "feature_bridge.worker:Worker"
 _PR_SET_PDEATHSIG = 1
@@ -60,6 +61,9 @@ class Worker(Protocol):
 
     def prepare(self, split: str, rows: tuple[Row, ...]) -> None:
         """Called as early as possible with what `fill` will be asked for: may start work in the background."""
+
+    def weights(self) -> Mapping[str, Producer]:
+        """The target's "embedding" and "head", see `weights.share`; a ValueError says why they cannot be shared."""
 
     def decode(self, request: Decode) -> Decoded: ...
 
@@ -108,9 +112,10 @@ def serve(connection: wire.Connection, spec: BridgeSpec, worker_path: str) -> No
 
     worker = load_worker(worker_path)(spec)
     layout = spec.slot_layout(worker.ready.feature_width)
-    memory, ring_memory, fds = create_memory(spec.transport, layout, spec.num_slots)
+    memory, ring_memory, fds = create_memory(spec.transport, layout, spec.num_slots, spec.slot_gpu)
     connection.send(worker.ready)
     connection.send(ring_memory, fds)
+    connection.send(share(spec.transport, worker.weights))
     for fd in fds:
         os.close(fd)
 

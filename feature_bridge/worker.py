@@ -33,10 +33,11 @@ from feature_bridge.contracts import (
     Skip,
     Split,
 )
+from feature_bridge.cuda_ipc import Gpu
 from feature_bridge.gpu_memory import target_budget, weight_bytes
 from feature_bridge.index import build_indexes, format_counts
 from feature_bridge.media import MediaError
-from feature_bridge.memory import Producer
+from feature_bridge.memory import CPU, CUDA, Producer
 from feature_bridge.processors import load_processor
 from feature_bridge.samples import Sample, render_inputs
 from feature_bridge.targets import load_target, read_text_config, resolve_directory
@@ -119,7 +120,8 @@ class Worker:
                     "data.row_tokens or data.max_pixels, or raise bridge.memory_fraction"
                 ) from error
         if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()  # the slot's bytes are complete: see `memory`
+            for gpu in {torch.cuda.current_device(), self._spec.slot_gpu}:
+                torch.cuda.current_stream(gpu).synchronize()  # the slot's bytes are complete: see `memory`
         return tuple(filled)
 
     def prepare(self, split: Split, rows: Sequence[Row]) -> None:
@@ -131,6 +133,18 @@ class Worker:
 
     def _submit(self, split: Split, position: int) -> Future[Prepared]:
         return self._background.submit(self._prepare, split, position)
+
+    def weights(self) -> dict[str, Producer]:
+        """The target's embedding and head in place, for `weights.share`."""
+        device_type = {"cpu": CPU, "cuda": CUDA}
+        producers, matrices = {}, self.target.frozen()
+        for name, matrix in matrices.items():
+            dtype = str(matrix.dtype).removeprefix("torch.")
+            if dtype not in ("float32", "bfloat16") or not matrix.is_contiguous():
+                raise ValueError(f"the target's {name} is no plain matrix of float32 or bfloat16 ({dtype})")
+            device = (device_type[matrix.device.type], matrix.device.index or 0)
+            producers[name] = Producer(matrix.data_ptr(), dtype, tuple(matrix.shape), device)
+        return producers
 
     def decode(self, request: Decode) -> Decoded:
         """Greedy decoding of held-out samples, with a draft and without. See `feature_bridge.decode`."""
@@ -160,7 +174,7 @@ class Worker:
             total=total,
             free=free,
             weights=weight_bytes(directory),
-            ring=spec.num_slots * layout.slot_bytes if spec.transport == "cuda_ipc" else 0,
+            ring=spec.num_slots * layout.slot_bytes if spec.transport == "cuda_ipc" and spec.slot_gpu == 0 else 0,
         )
 
     def _gpu_memory(self) -> GpuMemory | None:
@@ -169,7 +183,8 @@ class Worker:
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         weights = weight_bytes(Path(self._spec.target.path))
-        return GpuMemory(total=total, free=free, weights=weights, reserved=torch.cuda.memory_reserved())
+        reserved, uuid = torch.cuda.memory_reserved(), Gpu(torch.cuda.current_device()).uuid
+        return GpuMemory(uuid=uuid, total=total, free=free, weights=weights, reserved=reserved)
 
     def _prepare(self, split: Split, position: int) -> Prepared:
         """Read a sample and its pictures; on the background thread."""
@@ -215,7 +230,12 @@ class Worker:
             out[name].copy_(torch.from_numpy(array))
         place, parts = self._spec.feature_slice
         # Devices that share a row: each bridge computes it whole, to find the same faults, and writes its own part.
-        features = out["features"] if parts == 1 else torch.empty_like(out["features"]).repeat(parts, 1)
+        # Slots on another GPU than the target: the row is put together here and goes there in one peer copy.
+        staged = parts > 1 or self._spec.slot_gpu != 0
+        features = out["features"]
+        if staged:
+            device = features.device if features.is_cpu else torch.device("cuda", torch.cuda.current_device())
+            features = torch.empty((row_tokens, features.shape[-1]), dtype=features.dtype, device=device)
         features.zero_()
 
         num_layers = len(self.target.layer_ids)
@@ -236,7 +256,7 @@ class Worker:
                 features[span] = 0
                 out["loss_mask"][span] = 0
                 skipped.append(Skip(where=sample.where, reason=f"sample {sample.sample_id}: {fault}"))
-        if parts > 1:
+        if staged:
             out["features"].copy_(features.chunk(parts)[place])
         return FilledRow(row_id=row.row_id, num_tokens=num_tokens, samples=tuple(good), skipped=tuple(skipped))
 

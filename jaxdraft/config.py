@@ -151,12 +151,19 @@ class BridgeConfig:
     """Seconds that a bridge may take to start: the index and the target."""
     request_timeout_s: float = 300.0
     """Seconds that filling one slot may take; a bridge that takes longer counts as hung."""
+    devices: tuple[int, ...] | None = None
+    """GPUs that run the target, as nvidia-smi numbers them, for the trainer's devices in turn; None: the same GPUs."""
     restarts: int = 0
     """How often a bridge that died or hung is started again; training goes on from the same row."""
     memory_fraction: float | None = None
     """Share of its GPU's memory that a bridge may take, slots included; None: what the trainer leaves free."""
 
     def __post_init__(self):
+        if self.devices is not None and (not self.devices or self.transport != "cuda_ipc"):
+            raise ValueError(
+                f"bridge.devices={self.devices} with bridge.transport={self.transport!r} is not possible: name "
+                "at least one GPU and use 'cuda_ipc', or leave it out"
+            )
         _require(self.restarts >= 0, "bridge.restarts", self.restarts, "give 0 or more")
         _require_fraction("bridge.memory_fraction", self.memory_fraction)
         _require(
@@ -173,6 +180,8 @@ class TrainerConfig:
 
     memory_fraction: float | None = None
     """Share of each GPU's memory that JAX takes at start; None: XLA_PYTHON_CLIENT_MEM_FRACTION, or JAX's own 0.75."""
+    map_frozen: bool = True
+    """On one GPU, use the target's embedding and LM head in the bridge's memory; False: load them a second time."""
 
     def __post_init__(self):
         _require_fraction("trainer.memory_fraction", self.memory_fraction)

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from feature_bridge.client import BridgeError, Client, connect
 from feature_bridge.contracts import BridgeSpec, DataSpec, Filled, FilledRow, Row, TargetSpec
-from feature_bridge.cuda_ipc import Gpu
+from feature_bridge.cuda_ipc import Gpu, host_gpus
 from feature_bridge.in_process import InProcessClient
 from feature_bridge.restart import RestartingClient
 from feature_bridge.server import DEFAULT_WORKER, load_worker
@@ -38,6 +38,7 @@ __all__ = [
     "Seat",
     "Slot",
     "make_bridge_spec",
+    "mapped_weights",
     "memory_use",
     "open_bridge",
     "seats",
@@ -65,7 +66,9 @@ def seats(mesh: Mesh | None) -> list[Seat]:
     return [seat for seat in placed if seat.device.process_index == jax.process_index()]
 
 
-def make_bridge_spec(config: Config, layer_ids: Sequence[int], feature_slice: tuple[int, int] = (0, 1)) -> BridgeSpec:
+def make_bridge_spec(
+    config: Config, layer_ids: Sequence[int], feature_slice: tuple[int, int] = (0, 1), slot_gpu: int = 0
+) -> BridgeSpec:
     """What the bridge must know of a run: the target captured at `layer_ids`, the data, the slots."""
     target, data, bridge = config.target, config.data, config.bridge
     return BridgeSpec(
@@ -97,6 +100,7 @@ def make_bridge_spec(config: Config, layer_ids: Sequence[int], feature_slice: tu
         feature_dtype=bridge.feature_dtype,
         transport=bridge.transport,
         memory_fraction=bridge.memory_fraction,
+        slot_gpu=slot_gpu,
         feature_slice=feature_slice,
     )
 
@@ -115,7 +119,10 @@ def open_bridge(config: Config, layer_ids: Sequence[int], *, log_path: str | Pat
       BridgeError: it cannot run this config, says the bridge itself, or it did not start.
     """
     seat = seat or seats(None)[0]
-    device, spec = seat.device, make_bridge_spec(config, layer_ids, seat.feature_slice)
+    device = seat.device
+    env = _environment(device, config.bridge.devices)
+    slot_gpu = env.get("CUDA_VISIBLE_DEVICES", "").count(",")  # the target's GPU, and the slots' if that is another
+    spec = make_bridge_spec(config, layer_ids, seat.feature_slice, slot_gpu)
     if spec.transport == "in_process":
         return InProcessClient(spec, load_worker(DEFAULT_WORKER)(spec))
     if spec.transport == "cuda_ipc" and device.platform == "cpu":
@@ -128,40 +135,73 @@ def open_bridge(config: Config, layer_ids: Sequence[int], *, log_path: str | Pat
         spec,
         log_path=log_path,
         python=config.bridge.python,
-        env=_environment(device),
+        env=env,
         start_timeout_s=config.bridge.start_timeout_s,
         request_timeout_s=config.bridge.request_timeout_s,
     )
     if not config.bridge.restarts:
         return start()
-    return RestartingClient(start, config.bridge.restarts, say=lambda sentence: print(sentence, file=sys.stderr))
+    return RestartingClient(start, config.bridge.restarts, say=_announce_restart)
 
 
-def _environment(device: jax.Device) -> dict[str, str]:
-    """A bridge's own environment: on a CPU half of the cores, and among several GPUs the one whose slots it fills."""
+def _announce_restart(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+    jax.block_until_ready(jax.live_arrays())  # the dead bridge's weights are about to be unmapped
+
+
+def _environment(device: jax.Device, target_gpus: Sequence[int] | None) -> dict[str, str]:
+    """A bridge's own environment: on a CPU half of the cores, and among several GPUs the target's and the slots'.
+
+    Raises:
+      ValueError: a GPU of `target_gpus` is not there.
+    """
     if device.platform == "cpu":
         # Threads of two processes that spin for the same cores slow each other down many times over.
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 2) // 2))
         return {"OMP_NUM_THREADS": threads}
-    if len(jax.local_devices()) == 1:
+    if len(jax.local_devices()) == 1 and target_gpus is None:
         return {}
-    return {"CUDA_VISIBLE_DEVICES": Gpu(device.local_hardware_id).uuid}
+    own, there = Gpu(device.local_hardware_id).uuid, host_gpus()
+    if target_gpus is None:
+        return {"CUDA_VISIBLE_DEVICES": own}
+    chosen = target_gpus[jax.local_devices().index(device) % len(target_gpus)]
+    if chosen not in range(len(there)):
+        raise ValueError(f"bridge.devices has GPU {chosen}, and nvidia-smi lists {len(there)}; name one of those")
+    return {"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys([there[chosen], own]))}
 
 
 def memory_use(bridge: Bridge, device: jax.Device) -> dict[str, int]:
-    """Who holds how many bytes of the GPU that trainer and bridge share; empty where the target runs on a CPU."""
-    gpu, on_gpu = bridge.ready.gpu, device.platform != "cpu"
+    """Who holds how many bytes of the GPU that trainer and bridge share; empty where the target runs on a CPU.
+
+    Where the target is on a GPU of its own, that one first.
+    """
+    gpu = bridge.ready.gpu
     if gpu is None:
         return {}
-    use = {
-        "target: weights": gpu.weights,
-        "target: pools and workspace": max(0, gpu.reserved - gpu.weights),
-        f"bridge: {bridge.num_slots} slots": bridge.ring_bytes if bridge.transport == "cuda_ipc" else 0,
-    }
-    if on_gpu and (limit := jax_memory_limit(device)) is not None:
-        use["trainer: JAX"] = limit
-    use["free"] = Gpu(device.local_hardware_id).memory_info()[0] if on_gpu else gpu.free
-    return use | {"the whole GPU": gpu.total}
+    use = {"target: weights": gpu.weights, "target: pools and workspace": max(0, gpu.reserved - gpu.weights)}
+    slots = {f"bridge: {bridge.num_slots} slots": bridge.ring_bytes if bridge.transport == "cuda_ipc" else 0}
+    if device.platform == "cpu":
+        return use | slots | {"free": gpu.free, "the whole GPU": gpu.total}
+    own = Gpu(device.local_hardware_id)
+    if own.uuid != gpu.uuid:
+        use |= {"free on the target's GPU": gpu.free, "the target's whole GPU": gpu.total}
+    free, total = own.memory_info()
+    limit = jax_memory_limit(device)
+    trainer = {} if limit is None else {"trainer: JAX": limit}
+    return use | slots | trainer | {"free": free, "the whole GPU": total}
+
+
+def mapped_weights(bridge: Bridge, device: jax.Device) -> dict[str, jax.Array]:
+    """The target's "embedding" and "head" [V, H] in the bridge's own memory, as arrays of `device`.
+
+    Raises:
+      ValueError: they cannot be had without a copy; a phrase that says why.
+    """
+    producers = bridge.weights(device.local_hardware_id)
+    try:
+        return {name: jax.dlpack.from_dlpack(producer, copy=False) for name, producer in producers.items()}
+    except Exception as error:  # JAX refuses in several ways: alignment, or memory of another platform
+        raise ValueError(f"JAX does not take them as they are ({str(error).splitlines()[0]})") from error
 
 
 class Request(Protocol):

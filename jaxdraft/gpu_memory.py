@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from rich.console import Console
@@ -42,8 +42,15 @@ def check_trainer_fits(state: Any, frozen: Any, device: jax.Device) -> None:
         )
 
 
-def print_memory(console: Console, use: Mapping[str, int]) -> None:
-    """The table of who holds what; nothing for an empty one."""
+class Shared(Protocol):
+    """The frozen matrices (`frozen.FrozenWeights`)."""
+
+    num_bytes: int
+    origin: str
+
+
+def print_memory(console: Console, use: Mapping[str, int], frozen: Shared) -> None:
+    """The table of who holds what, and where in it the target's embedding and head are; nothing for an empty one."""
     if not use:
         return
     table = Table(title="GPU memory", title_justify="left")
@@ -52,6 +59,7 @@ def print_memory(console: Console, use: Mapping[str, int]) -> None:
     for what, amount in use.items():
         table.add_row(what, f"{amount / 2**30:.2f}")
     console.print(table)
+    console.print(f"embedding and head, {frozen.num_bytes / 2**30:.2f} GiB: {frozen.origin}")
 
 
 def gib(amount: int) -> str:

@@ -6,6 +6,7 @@ No transformers and no torch: these are JSON and safetensors files.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,6 +84,18 @@ class TargetModel:
     def load(self, key: str) -> Array:
         with safe_open(self.tensors[key], framework="flax") as tensors:
             return tensors.get_tensor(key)
+
+    def describe(self, key: str) -> tuple[str, list[int]]:
+        """safetensors' name of a tensor's dtype, and its shape."""
+        with safe_open(self.tensors[key], framework="flax") as tensors:
+            part = tensors.get_slice(key)
+            return part.get_dtype(), part.get_shape()
+
+    def rows(self, key: str, rows: Iterable[int]) -> Float[Array, "rows H"]:
+        """Some rows of a matrix; the others are not read."""
+        with safe_open(self.tensors[key], framework="flax") as tensors:
+            matrix = tensors.get_slice(key)
+            return jnp.concatenate([matrix[int(i) : int(i) + 1] for i in rows])
 
 
 def open_target(config: TargetConfig) -> TargetModel:
@@ -202,12 +215,21 @@ def load_frozen(
     Raises:
       ValueError: a key that does not exist (lists candidates), a quantised tensor, or a wrong shape.
     """
+    embed_key, head_key = frozen_keys(config, target)
+    embedding = jax.device_put(target.load(embed_key).astype(dtype))
+    head = embedding if head_key == embed_key else jax.device_put(target.load(head_key).astype(dtype))
+    return embedding, head
+
+
+def frozen_keys(config: TargetConfig, target: TargetModel) -> tuple[str, str]:
+    """Names of the embedding's and the LM head's tensors, the same where they are tied. Raises as `load_frozen`."""
     embed_key = _find_key("embed_key", config.embed_key, EMBED_KEYS, target, "embed_tokens")
-    embedding = _load_matrix("embed_key", embed_key, target, dtype)
+    _check_matrix("embed_key", embed_key, target)
     if target.field("tie_word_embeddings", False) and config.lm_head_key is None:
-        return embedding, embedding  # a tied checkpoint may carry a stale copy of the head; the model ignores it
+        return embed_key, embed_key  # a tied checkpoint may carry a stale copy of the head; the model ignores it
     head_key = _find_key("lm_head_key", config.lm_head_key, HEAD_KEYS, target, "lm_head")
-    return embedding, _load_matrix("lm_head_key", head_key, target, dtype)
+    _check_matrix("lm_head_key", head_key, target)
+    return embed_key, head_key
 
 
 def _find_key(field: str, explicit: str | None, known: tuple[str, ...], target: TargetModel, hint: str) -> str:
@@ -233,18 +255,17 @@ def _find_key(field: str, explicit: str | None, known: tuple[str, ...], target: 
     )
 
 
-def _load_matrix(field: str, key: str, target: TargetModel, dtype: Any) -> Array:
+def _check_matrix(field: str, key: str, target: TargetModel) -> None:
     stem = key.removesuffix("weight")
     quantised = [stem + suffix for suffix in QUANTISED_SUFFIXES if stem + suffix in target.tensors]
-    matrix = target.load(key)
-    if quantised or matrix.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+    dtype, shape = target.describe(key)
+    if quantised or dtype not in ("F32", "BF16", "F16"):
         raise ValueError(
-            f"target.{field}: {key} is quantised ({matrix.dtype}), and the draft's loss needs it in full precision; "
+            f"target.{field}: {key} is quantised ({dtype}), and the draft's loss needs it in full precision; "
             "use a target whose embedding and LM head are left out of the quantisation"
         )
-    if matrix.shape != (target.vocab_size, target.hidden_size):
+    if shape != [target.vocab_size, target.hidden_size]:
         raise ValueError(
-            f"target.{field}: {key} has shape {list(matrix.shape)}, but the target's config says "
+            f"target.{field}: {key} has shape {shape}, but the target's config says "
             f"[{target.vocab_size}, {target.hidden_size}]; name another tensor"
         )
-    return jax.device_put(matrix.astype(dtype))

@@ -18,9 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxdraft import distributed, report, runtime
@@ -34,15 +32,15 @@ from jaxdraft.evaluate import as_served, evaluate_batches
 from jaxdraft.export import check_target
 from jaxdraft.features import BridgeError, FeatureStream, memory_use, open_bridge, seats
 from jaxdraft.finish import finish
+from jaxdraft.frozen import FrozenWeights
 from jaxdraft.gpu_memory import check_trainer_fits, claim_gpu_memory, limit_gpu_memory, print_memory
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import from_tensors
-from jaxdraft.objective import Frozen
 from jaxdraft.parity import Conversation, conversations_of
 from jaxdraft.run import StopSignal, make_plan, open_run_dir, run_meta
-from jaxdraft.sharding import check_mesh, frozen_sharding, make_mesh, num_row_groups
+from jaxdraft.sharding import check_mesh, make_mesh, num_row_groups
 from jaxdraft.step_log import StepLog
-from jaxdraft.target import TargetModel, load_frozen, make_draft_config, open_target
+from jaxdraft.target import TargetModel, make_draft_config, open_target
 from jaxdraft.train_step import StepConfig, TrainState, init_state, make_eval_step, make_train_step, state_shardings
 
 
@@ -88,7 +86,6 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
         ]
         bridge = bridges[0]
         report.print_start(console, config, draft, bridge.ready)
-        print_memory(console, memory_use(bridge, mesh.local_devices[0]))
 
         # Which rows, in which order: a pure function of the index and the seed.
         tables = bridge.ready.indexes
@@ -105,14 +102,16 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
             compute_dtype=config.compute_dtype,
             attention=config.attention,
         )
-        frozen = place_frozen(*load_frozen(config.target, target, jnp.dtype(config.compute_dtype)), mesh)
+        frozen = FrozenWeights(config, target, bridge, mesh, config.compute_dtype)
+        print_memory(console, memory_use(bridge, mesh.local_devices[0]), frozen)
         key = jax.random.key(config.seed)
         place = jax.jit(
             functools.partial(init_state, draft, config.optim, options),
             out_shardings=state_shardings(draft, config.optim, options, mesh),
         )
         if mesh.size == 1:
-            check_trainer_fits(jax.eval_shape(place, key, params=start_params), frozen, mesh.local_devices[0])
+            own = None if frozen.mapped else frozen()
+            check_trainer_fits(jax.eval_shape(place, key, params=start_params), own, mesh.local_devices[0])
         state = place(key, params=start_params)
         meta = run_meta(config, draft, plan, bridge.ready)
         if checkpoints.latest is not None:
@@ -150,7 +149,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
                 if evaluate or plan.saves_after(step) or stopping:
                     checkpoints.save(step, to_save(state), meta, tau=finite(result.tau) if evaluate else None)
                 if unchecked and conversations:
-                    check_first(state.params, draft, frozen, conversations, bridge, target, config.target.dtype)
+                    check_first(state.params, draft, frozen(), conversations, bridge, target, config.target.dtype)
                     unchecked = False
                 if stopping:
                     why = stop.received or "another process has to end"
@@ -183,13 +182,6 @@ def saved_on_bridge_error(
 def to_save(state: TrainState) -> TrainState:
     """Between optimizer steps the accumulator is empty; left out, a resume may accumulate otherwise."""
     return dataclasses.replace(state, accumulator=None)
-
-
-def place_frozen(embedding: jax.Array, head: jax.Array, mesh: Mesh) -> Frozen:
-    """The frozen matrices on the mesh, over the vocabulary; still one array where they are tied."""
-    sharding = frozen_sharding(mesh)
-    placed = distributed.from_host(embedding, sharding)
-    return Frozen(embedding=placed, head=placed if head is embedding else distributed.from_host(head, sharding))
 
 
 def bridge_log(i: int) -> str:

@@ -133,20 +133,38 @@ def state_shardings(
     return jax.tree_util.tree_map_with_path(of_leaf, abstract)
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """`func` is the jitted function, whose first argument is `frozen`; or, where that is callable, what it then gives.
+
+    (Matrices in a bridge's memory move when the bridge is started again.)
+    """
+
+    func: Any
+    frozen: Frozen | Callable[[], Frozen]
+
+    def __call__(self, state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        return self.func(_now(self.frozen), state, batch, key)
+
+
+def _now(frozen: Frozen | Callable[[], Frozen]) -> Frozen:
+    return frozen() if callable(frozen) else frozen
+
+
 def make_train_step(
     draft: DraftConfig,
     loss: LossConfig,
     optim: OptimConfig,
     options: StepConfig,
-    frozen: Frozen,
+    frozen: Frozen | Callable[[], Frozen],
     *,
     mesh: Mesh | None = None,
-) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]:
+) -> TrainStep:
     """The step (state, batch, key) -> (state, metrics). The state is donated, the batch is not; `key` is the run's key.
 
     Metrics are device arrays: loss, accuracy, slot_accuracy [k], accept_len, tau and the sums behind them over the
     optimizer step so far; bad_batch and bad_rows [r] of this micro-batch; learning_rate, grad_norm (NaN before the last
-    micro-batch) and updated. `step.func` is the jitted function, whose first argument is `frozen`.
+    micro-batch) and updated.
     """
     objective = functools.partial(predict, draft=draft, loss=loss, **_compute_options(options))
     draw = functools.partial(
@@ -189,18 +207,23 @@ def make_train_step(
         metrics["tokens"] = jnp.sum(batch.num_tokens)
         return state, metrics
 
-    return functools.partial(train_step, frozen)
+    return TrainStep(train_step, frozen)
 
 
 def make_eval_step(
-    draft: DraftConfig, loss: LossConfig, options: StepConfig, frozen: Frozen, *, mesh: Mesh | None = None
+    draft: DraftConfig,
+    loss: LossConfig,
+    options: StepConfig,
+    frozen: Frozen | Callable[[], Frozen],
+    *,
+    mesh: Mesh | None = None,
 ) -> Callable[[Params, Batch, Int[Array, "r n"], Bool[Array, "r n"]], Predictions]:
     """The step (params, batch, anchors, valid) -> Predictions, jitted; anchors of a row ascending, any fixed number."""
 
     eval_step = jax.jit(functools.partial(on_mesh(mesh)(predict), draft=draft, loss=loss, **_compute_options(options)))
 
     def at_anchors(params: Params, batch: Batch, anchors: Array, valid: Array) -> Predictions:
-        return eval_step(params, frozen, batch, anchors, valid)
+        return eval_step(params, _now(frozen), batch, anchors, valid)
 
     return at_anchors
 

@@ -108,6 +108,9 @@ class FakeWorker:
     def prepare(self, split: str, rows: tuple[Row, ...]) -> None:
         pass
 
+    def weights(self) -> dict[str, Producer]:
+        raise ValueError("there is no target")
+
     def decode(self, request: Decode) -> Decoded:
         if request.draft_path == "missing":
             raise FileNotFoundError(2, "no such draft", "missing")
@@ -161,6 +164,9 @@ class TrainingWorker:
 
     def prepare(self, split: str, rows: tuple[Row, ...]) -> None:
         pass
+
+    def weights(self) -> dict[str, Producer]:
+        raise ValueError("there is no target")
 
     def fill(self, split: str, rows: tuple[Row, ...], slot: dict[str, Producer]) -> tuple[FilledRow, ...]:
         layout, (place, parts) = self._layout, self._spec.feature_slice

@@ -87,6 +87,9 @@ class Target(Protocol):
         Raises ValueError for a request that the target cannot take.
         """
 
+    def frozen(self) -> dict[str, Float[Tensor, "V H"]]:
+        """The target's own "embedding" and "head", not copied; the same memory where they are tied."""
+
     def logits(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         """The target's own head on states after the final norm."""
 

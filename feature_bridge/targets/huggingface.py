@@ -81,6 +81,11 @@ class HuggingFaceTarget:
                 hidden.append(output.last_hidden_state[0])
         return Extended(join(features), join(hidden) if last_hidden else None)
 
+    def frozen(self) -> dict[str, Float[Tensor, "V H"]]:
+        """See `base.Target.frozen`."""
+        model = self._model
+        return {"embedding": model.get_input_embeddings().weight, "head": model.get_output_embeddings().weight}
+
     @torch.inference_mode()
     def logits(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         head = self._model.get_output_embeddings()

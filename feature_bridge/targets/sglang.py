@@ -101,12 +101,17 @@ class SGLangTarget:
         hidden = join([output.hidden for output in outputs if output.hidden is not None]) if last_hidden else None
         return Extended(join([output.features for output in outputs]), hidden)
 
+    def frozen(self) -> dict[str, Float[Tensor, "V H"]]:
+        """See `base.Target.frozen`. SGLang pads the vocabulary."""
+        embedding, head = self._model.get_embed_and_head()
+        return {"embedding": embedding[: self.info.vocab_size], "head": head[: self.info.vocab_size]}
+
     def logits(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
-        head = self._model.lm_head.weight[: self.info.vocab_size]  # SGLang pads the vocabulary
+        head = self.frozen()["head"]
         return nn.functional.linear(hidden.to(head.dtype), head)
 
     def embed(self, tokens: Sequence[int]) -> Float[Tensor, "n H"]:
-        embedding, _ = self._model.get_embed_and_head()
+        embedding = self.frozen()["embedding"]
         return embedding[torch.tensor(tokens, device=embedding.device)]
 
     def load_draft(self, directory: Path) -> Any:

@@ -28,6 +28,8 @@ from feature_bridge.contracts import (
     Release,
     RingMemory,
     Row,
+    SharedMatrix,
+    SharedWeights,
     Shutdown,
     Skip,
     TargetInfo,
@@ -51,6 +53,12 @@ EXAMPLES = (
     Ready(schema_version=1, target=INFO, indexes={"train": TABLE}, num_slots=2, feature_width=16),
     RingMemory(num_bytes=4096, cuda_handle=b"\x00" * 64),
     RingMemory(num_bytes=4096),
+    SharedWeights(
+        embedding=SharedMatrix(dtype="bfloat16", shape=(11, 3), cuda_handle=b"\x01" * 64, offset=512),
+        head=SharedMatrix(dtype="float32", shape=(11, 3), cuda_handle=b"\x02" * 64, offset=0),
+        gpu_uuid="GPU-1",
+    ),
+    SharedWeights(reason="no"),
     Filled(
         request_id=1,
         slot=1,

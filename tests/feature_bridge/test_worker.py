@@ -378,3 +378,23 @@ def test_bridges_that_share_a_row_write_their_part_of_its_features(worker, monke
         samples = [[row.samples for row in rows] for rows in (filled, filled_a, filled_b)]
         assert samples[0] == samples[1] == samples[2]
     assert any(row.skipped for row in filled)
+
+
+def test_slots_on_another_gpu_are_filled_from_a_row_put_together_beside_the_target(worker, monkeypatch):
+    """One copy of the row goes there, and it holds what a slot beside the target would."""
+    rows = ((0, 2, 3), (1,))
+    filled, beside = fill(worker, *rows)
+    monkeypatch.setattr(worker, "_spec", dataclasses.replace(worker._spec, slot_gpu=1))
+    written: list[tuple[int, ...]] = []
+    copy = torch.Tensor.copy_
+
+    def noted(self, source, *args):
+        written.extend([tuple(source.shape)] if source.ndim == 2 else [])
+        return copy(self, source, *args)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", noted)
+    filled_there, there = fill(worker, *rows)
+    assert written == [(ROW_TOKENS, worker.ready.feature_width)] * 2
+    assert filled == filled_there
+    for name, tensor in beside.items():
+        torch.testing.assert_close(there[name], tensor, rtol=0, atol=0)

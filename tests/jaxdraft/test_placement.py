@@ -1,0 +1,92 @@
+"""Which GPUs a bridge sees: the target's first, then the slots'. GPUs are made up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from feature_bridge.contracts import GpuMemory
+from jaxdraft import features
+from jaxdraft.config import BridgeConfig, Config, DataConfig, TargetConfig
+from jaxdraft.features import Seat, memory_use, open_bridge
+
+HOST = [f"GPU-{i}" for i in range(4)]
+
+
+class FakeGpu:
+    """The trainer sees GPUs 2 and 3 of the host."""
+
+    def __init__(self, ordinal: int):
+        self.uuid = HOST[2 + ordinal]
+
+    def memory_info(self):
+        return 5, 100
+
+
+def device(number: int) -> SimpleNamespace:
+    return SimpleNamespace(platform="gpu", local_hardware_id=number, memory_stats=lambda: {"bytes_limit": 60})
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """open_bridge(...) -> (spec, environment) of the bridge that would start."""
+    devices = [device(0), device(1)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    monkeypatch.setattr(features, "Gpu", FakeGpu)
+    monkeypatch.setattr(features, "host_gpus", lambda: HOST)
+    monkeypatch.setattr(features, "connect", lambda spec, **options: (spec, options["env"]))
+
+    def open_one(number: int, **bridge):
+        config = Config(
+            name="x",
+            target=TargetConfig(path="t"),
+            data=DataConfig(train_path="d"),
+            bridge=BridgeConfig(**{"transport": "cuda_ipc"} | bridge),
+        )
+        return open_bridge(config, (0, 1), log_path="log", seat=Seat(devices[number]))
+
+    return open_one
+
+
+@pytest.mark.parametrize(
+    ("number", "gpus", "visible", "slot_gpu"),
+    [
+        (0, None, "GPU-2", 0),
+        (1, None, "GPU-3", 0),
+        (0, (0, 1), "GPU-0,GPU-2", 1),
+        (1, (0, 1), "GPU-1,GPU-3", 1),
+        (1, (0,), "GPU-0,GPU-3", 1),
+        (1, (0, 3), "GPU-3", 0),  # its own after all
+    ],
+)
+def test_a_bridge_sees_the_targets_gpu_and_the_slots(opened, number, gpus, visible, slot_gpu):
+    spec, env = opened(number, devices=gpus)
+    assert env == {"CUDA_VISIBLE_DEVICES": visible}
+    assert spec.slot_gpu == slot_gpu
+
+
+def test_gpus_that_are_not_there(opened):
+    with pytest.raises(ValueError, match=r"bridge\.devices has GPU 4, and nvidia-smi lists 4; name one of those"):
+        opened(0, devices=(4,))
+    with pytest.raises(ValueError, match=r"bridge\.devices=\(1,\) with bridge\.transport='shared_memory'"):
+        opened(0, devices=(1,), transport="shared_memory")
+
+
+@pytest.mark.parametrize(
+    ("uuid", "extra"), [("GPU-2", {}), ("GPU-0", {"free on the target's GPU", "the target's whole GPU"})]
+)
+def test_who_holds_what_of_one_gpu_or_two(monkeypatch, uuid, extra):
+    monkeypatch.setattr(features, "Gpu", FakeGpu)
+    gpu = GpuMemory(uuid=uuid, total=90, free=40, weights=20, reserved=30)
+    bridge = SimpleNamespace(ready=SimpleNamespace(gpu=gpu), transport="cuda_ipc", num_slots=3, ring_bytes=7)
+    use = memory_use(bridge, device(0))
+    assert {
+        "target: weights": 20,
+        "bridge: 3 slots": 7,
+        "trainer: JAX": 60,
+        "free": 5,
+        "the whole GPU": 100,
+    }.items() <= use.items()
+    assert {name for name in use if "target's" in name} == set(extra)
