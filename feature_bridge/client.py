@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import socket
-import sys
-import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from feature_bridge import wire
 from feature_bridge.contracts import (
     BridgeSpec,
     Check,
@@ -36,31 +31,11 @@ from feature_bridge.contracts import (
     SharedWeights,
     Shutdown,
 )
-from feature_bridge.cuda_ipc import require_gpu
+from feature_bridge.link import BridgeError, Link, killed_on_error, launch
 from feature_bridge.memory import Producer, attach_memory
-from feature_bridge.process import BridgeProcess
 from feature_bridge.weights import MappedWeights
 
-_POLL_S = 0.1  # how often whoever waits looks whether the process is alive
-_EXIT_S = 2.0  # how long a bridge that closed its connection may take to end by itself
-_MAX_SOCKET_PATH = 100  # the kernel takes 107 bytes
-
-
-class BridgeError(RuntimeError):
-    """The bridge could not do what was asked; one sentence.
-
-    kind: "refused", it cannot run this spec; "failed", it could not do one request, the others are fine; "died", the
-    process is gone; "timeout", no answer in time.
-    """
-
-    def __init__(self, message: str, *, kind: Literal["refused", "failed", "died", "timeout"]):
-        super().__init__(message)
-        self.kind = kind
-
-    @property
-    def retryable(self) -> bool:
-        """The same requests may succeed with a new bridge: nothing that the user wrote is wrong."""
-        return self.kind in ("died", "timeout")
+__all__ = ["BridgeError", "Client", "connect"]
 
 
 def connect(
@@ -88,18 +63,10 @@ def connect(
       BridgeError: "refused", "died" or "timeout".
       ValueError: `python` cannot be run, the transport is not there, or the bridge is of another version.
     """
-    assert spec.transport != "in_process"
-    if spec.transport == "cuda_ipc":
-        require_gpu("the trainer")
     deadline = time.monotonic() + start_timeout_s
-    with _listen() as (listener, socket_path):
-        command = [python or sys.executable, "-m", "feature_bridge.server", "--socket", socket_path]
-        command += ["--worker", worker] if worker else []
-        process = BridgeProcess(command, document=wire.dump_spec(spec), log_path=Path(log_path), env=env or {})
-        with _killed_on_error(process):
-            connection = _accept(listener, process, deadline)
-    with _killed_on_error(process):
-        return Client(spec, process, connection, deadline, request_timeout_s)
+    link = launch(spec, log_path=log_path, python=python, env=env, deadline=deadline, worker=worker)
+    with killed_on_error([link]):
+        return Client(spec, link, deadline, request_timeout_s)
 
 
 class Client:
@@ -108,14 +75,12 @@ class Client:
     def __init__(
         self,
         spec: BridgeSpec,
-        process: BridgeProcess,
-        connection: wire.Connection,
+        link: Link,
         deadline: float,
         request_timeout_s: float,
     ):
         """Waits for `Ready` until `deadline` (of the monotonic clock)."""
-        self._process = process
-        self._connection = connection
+        self._link = link
         self._request_timeout_s = request_timeout_s
         self._request_id = 0
         self._ended = False
@@ -131,13 +96,13 @@ class Client:
             spec.slot_layout(self.ready.feature_width),
             spec.num_slots,
             shown,
-            connection.take_fd,
+            link.connection.take_fd,
         )
         self._weights = MappedWeights(self._start_message(SharedWeights, deadline))
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._link.process.pid
 
     @property
     def life(self) -> int:
@@ -147,12 +112,12 @@ class Client:
     @property
     def exit_code(self) -> int | None:
         """Of the closed bridge; negative for the signal that ended it."""
-        return self._process.exit_code
+        return self._link.process.exit_code
 
     def fill(self, split: str, rows: Sequence[Row]) -> int:
         """Asks for a slot with these rows, and returns the request's id at once."""
         request = Fill(request_id=self._new_id(), split=split, rows=tuple(rows))
-        self._send(request)
+        self._link.send(request)
         self._fills.append(request.request_id)
         return request.request_id
 
@@ -175,7 +140,7 @@ class Client:
 
     def release(self, slot: int, generation: int) -> None:
         """Gives a slot back: nothing may read its arrays any more. Late or repeated, it changes nothing."""
-        self._send(Release(slot=slot, generation=generation))
+        self._link.send(Release(slot=slot, generation=generation))
 
     def weights(self, device_id: int | None = None) -> dict[str, Producer]:
         """The target's "embedding" and "head" in the bridge's own GPU memory, until `close_weights`.
@@ -212,7 +177,7 @@ class Client:
             temperature=temperature,
             seed=seed,
         )
-        self._send(request)
+        self._link.send(request)
         self._wait_for(request.request_id, timeout)
         return self._take(request.request_id)
 
@@ -232,7 +197,7 @@ class Client:
             systems=tuple(systems),
             embedding_dtype=embedding_dtype,
         )
-        self._send(request)
+        self._link.send(request)
         self._wait_for(request.request_id, timeout)
         return self._take(request.request_id)
 
@@ -253,10 +218,10 @@ class Client:
             return
         self._ended = True
         with contextlib.suppress(OSError):
-            self._connection.send(Shutdown())
-        self._process.wait_for_exit(grace_s)
-        self._process.kill()
-        self._connection.close()
+            self._link.connection.send(Shutdown())
+        self._link.process.wait_for_exit(grace_s)
+        self._link.process.kill()
+        self._link.connection.close()
 
     def __enter__(self) -> Client:
         return self
@@ -270,17 +235,11 @@ class Client:
         self._request_id += 1
         return self._request_id
 
-    def _send(self, message: Any) -> None:
-        try:
-            self._connection.send(message)
-        except OSError as error:
-            raise _died(self._process) from error
-
     def _start_message(self, cls: type, deadline: float) -> Any:
-        message = self._receive(deadline)
+        message = self._link.receive(deadline)
         if message is None:
             raise BridgeError(
-                f"the feature bridge was not ready in time (see {self._process.log_path}); raise "
+                f"{self._link.name} was not ready in time (see {self._link.process.log_path}); raise "
                 "bridge.start_timeout_s if its index or its target needs longer",
                 kind="timeout",
             )
@@ -290,11 +249,11 @@ class Client:
     def _wait_for(self, request_id: int, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         while request_id not in self._answers:
-            message = self._receive(deadline)
+            message = self._link.receive(deadline)
             if message is None:
                 raise BridgeError(
-                    f"the feature bridge did not answer request {request_id} within {timeout:g} s (see "
-                    f"{self._process.log_path}); raise bridge.request_timeout_s if its target needs longer",
+                    f"{self._link.name} did not answer request {request_id} within {timeout:g} s (see "
+                    f"{self._link.process.log_path}); raise bridge.request_timeout_s if its target needs longer",
                     kind="timeout",
                 )
             self._answers[message.request_id] = message
@@ -304,70 +263,3 @@ class Client:
         if isinstance(answer, Failure):
             raise BridgeError(answer.message, kind="failed")
         return answer
-
-    def _receive(self, deadline: float) -> Any | None:
-        """The next message; None at the deadline."""
-        while True:
-            exited = self._process.has_exited()  # asked first: its last words may still be in the socket
-            try:
-                message = self._connection.receive(0 if exited else min(_POLL_S, deadline - time.monotonic()))
-            except EOFError as error:
-                raise _died(self._process) from error
-            if isinstance(message, Failure) and message.request_id is None:
-                raise BridgeError(message.message, kind="refused")
-            if message is not None:
-                return message
-            if exited:
-                raise _died(self._process)
-            if time.monotonic() >= deadline:
-                return None
-
-
-def _died(process: BridgeProcess) -> BridgeError:
-    return BridgeError(f"the feature bridge (process {process.pid}) {process.describe_end(_EXIT_S)}", kind="died")
-
-
-@contextlib.contextmanager
-def _killed_on_error(process: BridgeProcess) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        process.kill()
-        raise
-
-
-@contextlib.contextmanager
-def _listen() -> Iterator[tuple[socket.socket, str]]:
-    """A listening Unix socket, mode 0600, in a directory of its own, mode 0700.
-
-    Both are gone as soon as the bridge has connected: no name is left that another process could find.
-    """
-    parent = tempfile.gettempdir()
-    if len(parent) + len("/bridge-12345678/socket") > _MAX_SOCKET_PATH:
-        parent = "/tmp"
-    directory = Path(tempfile.mkdtemp(prefix="bridge-", dir=parent))  # mkdtemp makes it 0700
-    path = directory / "socket"
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            listener.bind(str(path))
-            os.chmod(path, 0o600)
-            listener.listen(1)
-            yield listener, str(path)
-    finally:
-        path.unlink(missing_ok=True)
-        directory.rmdir()
-
-
-def _accept(listener: socket.socket, process: BridgeProcess, deadline: float) -> wire.Connection:
-    listener.settimeout(_POLL_S)
-    while True:
-        exited = process.has_exited()
-        with contextlib.suppress(TimeoutError):
-            return wire.Connection(listener.accept()[0])
-        if exited:
-            raise _died(process)
-        if time.monotonic() >= deadline:
-            raise BridgeError(
-                f"the feature bridge did not connect in time (see {process.log_path}); raise bridge.start_timeout_s",
-                kind="timeout",
-            )

@@ -1,0 +1,185 @@
+"""A bridge process and the connection to it: started, heard and, when it ends, its end explained."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from feature_bridge import wire
+from feature_bridge.contracts import BridgeSpec, Failure
+from feature_bridge.cuda_ipc import require_gpu
+from feature_bridge.process import BridgeProcess
+
+_POLL_S = 0.1  # how often whoever waits looks whether the process is alive
+_PEER_EXIT_S = 1.0  # how long after a broken collective the rank that broke it may take to be seen to have ended
+_EXIT_S = 2.0  # how long a bridge that closed its connection may take to end by itself
+_MAX_SOCKET_PATH = 100  # the kernel takes 107 bytes
+
+
+class BridgeError(RuntimeError):
+    """The bridge could not do what was asked; one sentence.
+
+    kind: "refused", it cannot run this spec; "failed", it could not do one request, the others are fine; "died", the
+    process is gone; "timeout", no answer in time.
+    """
+
+    def __init__(self, message: str, *, kind: Literal["refused", "failed", "died", "timeout"]):
+        super().__init__(message)
+        self.kind = kind
+
+    @property
+    def retryable(self) -> bool:
+        """The same requests may succeed with a new bridge: nothing that the user wrote is wrong."""
+        return self.kind in ("died", "timeout")
+
+
+def launch(
+    spec: BridgeSpec,
+    *,
+    log_path: str | Path,
+    python: str | None,
+    env: Mapping[str, str] | None,
+    deadline: float,
+    worker: str | None,
+    name: str = "the feature bridge",
+) -> Link:
+    """Starts a bridge process and waits until it has connected: its index and its target are still to come.
+
+    Arguments and errors are those of `connect`; `deadline` is one of the monotonic clock, `name` is for the user.
+    """
+    assert spec.transport != "in_process"
+    if spec.transport == "cuda_ipc":
+        require_gpu("the trainer")
+    with _listen() as (listener, socket_path):
+        command = [python or sys.executable, "-m", "feature_bridge.server", "--socket", socket_path]
+        command += ["--worker", worker] if worker else []
+        process = BridgeProcess(command, document=wire.dump_spec(spec), log_path=Path(log_path), env=env or {})
+        link = Link(process, name)
+        with killed_on_error([link]):
+            link.accept(listener, deadline)
+    return link
+
+
+class Link:
+    """A bridge process and the connection to it."""
+
+    connection: wire.Connection
+
+    def __init__(self, process: BridgeProcess, name: str):
+        self.process, self.name = process, name
+        self.peers: Sequence[Link] = ()  # other ranks of its target: it cannot go on without them
+
+    def accept(self, listener: socket.socket, deadline: float) -> None:
+        """Waits for the process to connect."""
+        listener.settimeout(_POLL_S)
+        while True:
+            exited = self.process.has_exited()
+            with contextlib.suppress(TimeoutError):
+                self.connection = wire.Connection(listener.accept()[0])
+                return
+            if exited:
+                raise self._died()
+            if time.monotonic() >= deadline:
+                raise BridgeError(
+                    f"{self.name} did not connect in time (see {self.process.log_path}); raise bridge.start_timeout_s",
+                    kind="timeout",
+                )
+
+    def send(self, message: Any) -> None:
+        try:
+            self.connection.send(message)
+        except OSError as error:
+            raise self._cause(self._died()) from error
+
+    def receive(self, deadline: float) -> Any | None:
+        """The next message; None at the deadline.
+
+        Raises:
+          BridgeError: "refused" or "died", of this process or of a peer.
+        """
+        while True:
+            try:
+                message = self._next(min(_POLL_S, deadline - time.monotonic()))
+            except BridgeError as error:
+                raise self._cause(error) from error
+            if message is not None:
+                return message
+            for peer in self.peers:
+                if peer.process.has_exited():
+                    raise peer.last_words()
+            if time.monotonic() >= deadline:
+                return None
+
+    def last_words(self) -> BridgeError:
+        """How a process ended that has."""
+        try:
+            while True:
+                self._next(0)
+        except BridgeError as error:
+            return error
+
+    def _next(self, timeout: float) -> Any | None:
+        """The next message, if there is one in time."""
+        exited = self.process.has_exited()  # asked first: its last words may still be in the socket
+        try:
+            message = self.connection.receive(0 if exited else timeout)
+        except EOFError as error:
+            raise self._died() from error
+        if isinstance(message, Failure) and message.request_id is None:
+            prefix = f"{self.name}: " if self.peers else ""
+            raise BridgeError(f"{prefix}{message.message}", kind="refused")
+        if message is None and exited:
+            raise self._died()
+        return message
+
+    def _died(self) -> BridgeError:
+        how = self.process.describe_end(_EXIT_S)
+        return BridgeError(f"{self.name} (process {self.process.pid}) {how}", kind="died")
+
+    def _cause(self, error: BridgeError) -> BridgeError:
+        """`error`, or what took this process along: a peer that ended without a word, else everybody's words."""
+        deadline = time.monotonic() + _PEER_EXIT_S
+        while self.peers and time.monotonic() < deadline and not any(p.process.has_exited() for p in self.peers):
+            time.sleep(_POLL_S)
+        said = [error, *(peer.last_words() for peer in self.peers if peer.process.has_exited())]
+        chosen = [words for words in said if words.kind == "died"] or said
+        return BridgeError("; ".join(map(str, chosen)), kind=chosen[0].kind)
+
+
+@contextlib.contextmanager
+def killed_on_error(links: Sequence[Link]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for link in links:
+            link.process.kill()
+        raise
+
+
+@contextlib.contextmanager
+def _listen() -> Iterator[tuple[socket.socket, str]]:
+    """A listening Unix socket, mode 0600, in a directory of its own, mode 0700.
+
+    Both are gone as soon as the bridge has connected: no name is left that another process could find.
+    """
+    parent = tempfile.gettempdir()
+    if len(parent) + len("/bridge-12345678/socket") > _MAX_SOCKET_PATH:
+        parent = "/tmp"
+    directory = Path(tempfile.mkdtemp(prefix="bridge-", dir=parent))  # mkdtemp makes it 0700
+    path = directory / "socket"
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(str(path))
+            os.chmod(path, 0o600)
+            listener.listen(1)
+            yield listener, str(path)
+    finally:
+        path.unlink(missing_ok=True)
+        directory.rmdir()
