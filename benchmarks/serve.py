@@ -1,7 +1,6 @@
 """A draft in SGLang's DFLASH worker on a GPU, against the target alone and against the replay.
 
-    python -m benchmarks.serve --draft DIR [--bridge-python P] [--engine-python P] [--out DIR] [--faults mask,rope]
-                               [--quick] [-- --any.field value ..]
+    python -m benchmarks.serve --draft DIR [--engine-python P] [--bridge-python P] [--out DIR] [-- --any.field value ..]
 
 1. Engines in processes of their own, side by side on one GPU, answer the same held-out conversations greedily (text,
    one picture, several): the target alone, with the draft, and with the draft's config.json spoilt.
@@ -35,7 +34,7 @@ from jaxdraft.convert import load_draft
 from jaxdraft.eval_result import Answer
 from jaxdraft.evaluate import evaluate_held_out
 from jaxdraft.held_out import open_held_out
-from jaxdraft.replay import anchors_of
+from jaxdraft.replay import anchors_of, tau
 from jaxdraft.target import open_target
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -58,14 +57,17 @@ def spoilt(draft: Path, fault: str, out: Path) -> Path:
     else:
         raise ValueError(f"--faults {fault} is not one of mask, rope, layers")
     directory = out / f"draft-{fault}"
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
+    (directory / "model.safetensors").unlink(missing_ok=True)
     (directory / "model.safetensors").symlink_to((draft / "model.safetensors").resolve())
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 
 
 def serve(name: str, number: int, out: Path, args: argparse.Namespace, target: str, data: str, *more: str) -> Any:
-    """One engine's answers by row, or None where it failed; its log is then printed."""
+    """One engine's answers by row, or None where it failed; its log is then printed. Asks once: OUT keeps them."""
+    if (out / f"{name}.json").is_file():
+        return json.loads((out / f"{name}.json").read_text())
     command = [args.engine_python, "-m", "benchmarks.serve_engine", target, data, str(out / f"{name}.json")]
     command += ["--port", str(21000 + 2000 * number), *more]
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
@@ -92,8 +94,10 @@ def serve(name: str, number: int, out: Path, args: argparse.Namespace, target: s
 
 def replay_answers(args: argparse.Namespace, data: Path, rows: int) -> tuple[dict[str, Answer], int, str]:
     """The last answer of every conversation, by row; the draft's block size; where the target ran."""
-    overrides = ["--config", args.config, "--data.eval-path", str(data), "--data.eval-rows", str(rows), *args.fields]
-    config = parse_args([*overrides, "--bridge.python", args.bridge_python, "--output-dir", str(data.parent / "runs")])
+    ours = {"data.eval-path": data, "data.eval-rows": rows, "bridge.python": args.bridge_python}
+    ours["output-dir"] = data.parent / "runs"
+    overrides = [part for name, value in ours.items() for part in (f"--{name}", str(value))]
+    config = parse_args(["--config", args.config, *args.fields, *overrides])
     tensors, draft = load_draft(args.draft)
     with open_held_out(args.draft, draft, open_target(config.target), config, log_name="replay.log") as held:
         result = evaluate_held_out(held, tensors)
@@ -135,14 +139,13 @@ def print_taus(served: dict[str, Any], last: dict[str, Answer], block_size: int)
         early = [(row, served[row]["early"]) for row in there if repeats(served[row])]
         if not early:
             continue
-        calls, tau = served_tau([one for _, one in early])
+        calls, serving = served_tau([one for _, one in early])
         lens = [n for row, one in early for n in accepted(last[row], block_size, one["limit"])]
         replayed = 1 + sum(lens) / len(lens)
-        whole = sum(len(served[row]["tokens"]) - 1 for row in there)
-        own = whole / sum(served[row]["spec_verify_ct"] for row in there)
-        again = whole / sum(len(last[row].replay(block_size)) for row in there)
-        difference = tau / replayed - 1
-        figures = f"{calls}, {len(lens)} | {tau:.3f}, {replayed:.3f} | {difference:+.2%} | {own:.3f}, {again:.3f}"
+        own = whole_tau([served[row] for row in there])
+        again = tau((len(last[row].tokens) for row in there), (len(last[row].replay(block_size)) for row in there))
+        difference = serving / replayed - 1
+        figures = f"{calls}, {len(lens)} | {serving:.3f}, {replayed:.3f} | {difference:+.2%} | {own:.3f}, {again:.3f}"
         print(f"| {kind} | {len(there)} | {figures} | {own / again - 1:+.2%} |")
     same = sum(served[row]["spec_verify_ct"] == len(last[row].replay(block_size)) for row in rows)
     print(f"\nthe same number of verify calls as in the replay: {same} of {len(rows)} conversations")
@@ -151,11 +154,16 @@ def print_taus(served: dict[str, Any], last: dict[str, Answer], block_size: int)
 
 def print_fault(name: str, spoilt: dict[str, Any], right: dict[str, Any]) -> None:
     same = sum(spoilt[row]["tokens"] == right[row]["tokens"] for row in right)
-    taus = [served_tau([x["early"] for x in answers.values() if "early" in x])[1] for answers in (spoilt, right)]
+    taus = [whole_tau(list(answers.values())) for answers in (spoilt, right)]
     print(
-        f"planted fault, {name}: tau {taus[0]:.3f}, and {taus[1]:.3f} without it; "
+        f"planted fault, {name}: tau {taus[0]:.3f}, and {taus[1]:.3f} without it (whole answers); "
         f"the same text in {same} of {len(right)} conversations"
     )
+
+
+def whole_tau(answers: Sequence[dict[str, Any]]) -> float:
+    """Tokens of each verify call, from the first token to the end of the turn."""
+    return sum(len(one["tokens"]) - 1 for one in answers) / sum(one["spec_verify_ct"] for one in answers)
 
 
 def repeats(one: dict[str, Any]) -> bool:
@@ -175,32 +183,31 @@ def main() -> int:
     parser.add_argument("--config", default="tiny_qwen35vl.py")
     parser.add_argument("--engine-python", default=sys.executable, help="of the environment that serves")
     parser.add_argument("--bridge-python", default=sys.executable, help="of the bridge's environment, for the replay")
-    parser.add_argument("--out", type=Path, help="answers and logs; default: a new temporary folder")
+    parser.add_argument("--out", type=Path, help="answers and logs, kept; default: a temporary folder")
     parser.add_argument("--faults", default="mask,rope", help="engines with a spoilt draft; empty: none")
     parser.add_argument("--number", type=int, default=128, help="of conversations")
     parser.add_argument("--engine-limit", type=float, default=170, metavar="S", help="seconds of an engine")
-    parser.add_argument("--replay-only", action="store_true", help="of the answers in --out")
     args, fields = parser.parse_known_args()
     args.fields = [field for field in fields if field != "--"]
     config = parse_args(["--config", args.config, *args.fields])
     out = args.out or Path(tempfile.mkdtemp(prefix="serve-"))
     out.mkdir(parents=True, exist_ok=True)
     faults = [fault for fault in args.faults.split(",") if fault]
-    if args.replay_only:
-        found = {name: json.loads((out / f"{name}.json").read_text()) for name in ("alone", "draft")}
-    else:
-        drafts = {"draft": args.draft, **{fault: spoilt(args.draft, fault, out) for fault in faults}}
-        block_size = str(load_draft(args.draft)[1].block_size)
-        options = {name: ("--draft", str(path), "--block-size", block_size) for name, path in drafts.items()}
-        # A spoilt draft needs more verify calls, and fewer conversations to be seen.
-        numbers = {name: max(1, args.number // 4) if name in faults else args.number for name in ("alone", *drafts)}
-        where = (out, args, config.target.path, config.data.eval_path)
-        with ThreadPoolExecutor() as pool:
-            jobs = {
-                name: pool.submit(serve, name, i, *where, "--number", str(number), *options.get(name, ()))
-                for i, (name, number) in enumerate(numbers.items())
-            }
-            found = {name: job.result() for name, job in jobs.items()}
+    drafts = {fault: spoilt(args.draft, fault, out) for fault in faults}
+    block_size = str(load_draft(args.draft)[1].block_size)
+    options = {fault: ("--draft", str(drafts[fault])) for fault in faults}
+    options["draft"] = ("--draft", str(args.draft), "--block-size", block_size)
+    # A spoilt draft needs more verify calls, and fewer conversations to be seen.
+    numbers = {
+        name: max(1, args.number // 4) if name in faults else args.number for name in ("alone", "draft", *faults)
+    }
+    where, limit = (out, args, config.target.path, config.data.eval_path), str(config.max_new_tokens)
+    with ThreadPoolExecutor() as pool:
+        jobs = {
+            name: pool.submit(serve, name, i, *where, "--number", str(number), "--limit", limit, *options.get(name, ()))
+            for i, (name, number) in enumerate(numbers.items())
+        }
+        found = {name: job.result() for name, job in jobs.items()}
     if found["alone"] and found["draft"]:
         print_equality(found["alone"], found["draft"])
     for fault in faults:

@@ -153,7 +153,7 @@ def main() -> None:
             text = processor.tokenizer.decode(one["tokens"][:-1])  # without the end of the turn
             file.write(json.dumps(answered(prompt, text, args.out.parent)) + "\n")
     args.out.write_text(json.dumps(found))
-    if args.draft:
+    if args.block_size:
         short = [(p, len(o["tokens"]) - args.block_size) for p, o in zip(prompts, outcomes, strict=True)]
         asked, limits = zip(*((p, limit) for p, limit in short if limit > 1), strict=True)
         for prompt, limit, answer in zip(asked, limits, ask(engine, asked, limits), strict=True):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+
+from jaxdraft.cli import load_config
+
 ROOT = Path(__file__).parents[1]
+TINY = ROOT / "configs" / "tiny"
 
 
 def test_step_quick():
@@ -26,3 +32,35 @@ def test_useful_work():
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["50.2", "73.3"]
+
+
+def test_serve(tmp_path):
+    """With a stand-in for SGLang that counts as it does: the replay has the same calls and the same tau."""
+    from jaxdraft.export import export_draft
+    from jaxdraft.model.dflash import init_params
+    from jaxdraft.model.tensors import to_tensors
+    from jaxdraft.target import make_draft_config, open_target
+
+    config = load_config("tiny_qwen35vl.py")
+    target = open_target(config.target)
+    draft = make_draft_config(config.draft, target)
+    export_draft(to_tensors(init_params(draft, jax.random.key(0)), draft), draft, target.config, tmp_path / "draft")
+    # Short answers that are not too short to count, with and without a picture.
+    lines = (TINY / "eval.jsonl").read_text().replace("pictures/", f"{TINY}/pictures/").splitlines()
+    length = {line: len(json.loads(line)["messages"][-1]["content"]) for line in lines}
+    lines = sorted((line for line in lines if length[line] > 80), key=length.get)
+    chosen = [next(line for line in lines if ("image_url" in line) == pictured) for pictured in (True, False)]
+    (tmp_path / "eval.jsonl").write_text("\n".join(chosen) + "\n")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT}/tests/fake_sglang:$PYTHONPATH exec {sys.executable} "$@"\n')
+    python.chmod(0o700)
+    command = [sys.executable, "-m", "benchmarks.serve", "--draft", str(tmp_path / "draft"), "--number", "2"]
+    command += ["--engine-python", str(python), "--out", str(tmp_path / "out"), "--faults", "", "--"]
+    command += ["--target.backend", "huggingface", "--bridge.feature-dtype", "float32", "--data.num-workers", "1"]
+    command += ["--data.eval-path", str(tmp_path / "eval.jsonl")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    assert "equal to the target's alone: 2 of 2" in result.stdout
+    assert "length in the server is not the training sample's: 0" in result.stdout
+    assert "the same number of verify calls as in the replay: 2 of 2" in result.stdout
+    assert re.search(r"^\| all \| 2 \| (\d+), \1 \| ([\d.]+), \2 \| \+0.00% \| ([\d.]+), \3 \|", result.stdout, re.M)
