@@ -1,166 +1,184 @@
-"""The bridge on a GPU, measured: `python -m benchmarks.bridge [--quick] [--parts parity,row,run] [--out DIR]`.
+"""The bridge on a GPU, measured: `python -m benchmarks.bridge [--quick] [--parts row,run,parity,...] [--out DIR]`.
 
-    parity  features of random Qwen3.5, Qwen3-VL, Qwen2.5-VL in SGLang against transformers (`bridge_parity`)
-    row     hand-over of a row, capture, step, both together on one GPU (`bridge_row`)
-    run     200 training steps on the embedded pictures with the SGLang target: loss, memory
+    row       hand-over of a row, capture, step, both together on one GPU, with pictures (`bridge_row`)
+    run       200 training steps on the embedded pictures, SGLang target: loss, memory; a killed bridge (`bridge_run`)
+    parity    features of random Qwen3.5, Qwen3-VL, Qwen2.5-VL in SGLang against transformers (`bridge_parity`)
+    mps       capture, step and together again, both processes under NVIDIA's Multi-Process Service
+    peers     together again with SpecForge's density of anchors: 256 for every 768 tokens
 
-Prints Markdown, for RESULTS.md. A part that fails says so, with the end of its log, and the others go on. `--quick`
-does what a CPU can. Every part is a process of its own with a time limit; logs stay in DIR.
+Prints Markdown, for RESULTS.md, every line when it is measured. Every part is a process of its own with a time limit;
+one that fails says so, with the end of its log, and the others go on. `--side-by-side` is for parts that no clock
+depends on (run, parity). `--quick` does what a CPU can. Logs stay in DIR.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.bridge_row import path_with_repository
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 FAMILIES = ("qwen3_5", "qwen3_vl", "qwen2_5_vl")
-LIMIT_S = 240
+LIMITS_S = {"row": 200, "run": 200, "parity": 150, "mps": 110, "peers": 90}
+SPECFORGE_ANCHORS = 4096 * 256 // 768
 
 
-def call(out: Path, name: str, python: str, *args: str, limit_s: float = LIMIT_S) -> str | None:
-    """Runs `PYTHON -m ARGS`; its last line of output, or None where it failed (and the end of its log is printed)."""
+def call(
+    out: Path,
+    name: str,
+    python: str,
+    *args: str,
+    limit_s: float,
+    env: Mapping[str, str] | None = None,
+    table: bool = True,
+) -> bool:
+    """Runs `PYTHON -m ARGS` and prints its table's lines as they come; the end of its log where it failed."""
     log = out / f"{name}.log"
-    environment = os.environ | {"PYTHONPATH": path_with_repository(), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONPATH": path_with_repository(), "PYTHONUNBUFFERED": "1"} | dict(env or {})
     start = time.monotonic()
     with log.open("w") as file:
-        try:
-            code = subprocess.run(
-                [python, "-m", *args], env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=limit_s
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = "time limit"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        process = subprocess.Popen(
+            [python, "-m", *args],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            start_new_session=True,
+        )
+        ended_by: list[str] = []
+
+        def end() -> None:
+            ended_by.append("time limit")
+            os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(limit_s, end)
+        timer.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            if table and line.startswith("| "):
+                print(line, end="", flush=True)
+        code: Any = process.wait()
+        timer.cancel()
+    code = ended_by[0] if ended_by else code
     print(f"<!-- {name}: {time.monotonic() - start:.0f} s, exit code {code} -->", flush=True)
     if code != 0:
-        print(
-            f"\n**{name} failed** ({code}):\n```\n" + "\n".join(line[:400] for line in lines[-25:]) + "\n```",
-            flush=True,
-        )
-        return None
-    return lines[-1] if lines else ""
-
-
-def parity(out: Path, args: argparse.Namespace) -> None:
-    python, workers = args.bridge_python, args.workers or (1 if args.quick else 6)
-    sizes = ("tiny",) if args.quick else ("tiny", "full")
-    cases = [(family, size) for size in sizes for family in args.families.split(",")]
-
-    def reference(case: tuple[str, str]) -> None:
-        call(out, f"reference-{'-'.join(case)}", python, "benchmarks.bridge_parity", "reference", *case, str(out))
-
-    def capture(job: tuple[str, str, str]) -> str | None:
-        family, size, dtype = job
-        name = f"capture-{family}-{size}-{dtype}"
-        return call(out, name, python, "benchmarks.bridge_parity", "capture", family, size, str(out), dtype)
-
-    jobs = [(*case, dtype) for dtype in args.dtypes.split(",") for case in cases]
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(reference, cases))
-        lines = list(pool.map(capture, jobs))
-    print("\n| model | backend | dtype | tokens | error, worst layer | transformers bf16 | ratio |")
-    print("|---|---|---|---|---|---|---|")
-    for line in filter(None, lines):
-        r = json.loads(line)
-        for kind in ("text", "image"):
-            worst, own = max(r[kind]["sglang"]), max(r[kind]["transformers bf16"])
-            how = f"{r['backend']}, {r['setter']}, {r['capture']}"
-            figures = f"{worst:.2e} | {own:.2e} | {r[kind]['ratio']:.3g}"
-            print(f"| {r['family']} {r['size']} | {how} | {r['dtype']} | {kind} | {figures} |")
-    print(flush=True)
+        print(f"\n**{name} did not end well** ({code})", flush=True)
+        tail(log)
+    return code == 0
 
 
 def row(out: Path, args: argparse.Namespace) -> None:
-    python, size = args.bridge_python, ("--quick",) if args.quick else ()
-    call(out, "row-write", python, "benchmarks.bridge_row", str(out / "row"), "--write", *size)
-    line = call(out, "row", sys.executable, "benchmarks.bridge_row", str(out / "row"), python, *size)
-    if line is None:
-        tail(out / "row" / "bridge.log")
+    if write_row(out, args):
+        measure_row(out, args, "row", "hand-over,capture,step,accumulated")
+
+
+def mps(out: Path, args: argparse.Namespace) -> None:
+    """A daemon of our own for the two processes; no setting of the GPU is touched."""
+    control = shutil.which("nvidia-cuda-mps-control")
+    if control is None:
+        print("no nvidia-cuda-mps-control on this machine: not measured", flush=True)
         return
-    print("\n```")
-    for name, value in json.loads(line).items():
-        print(f"{name:24} {json.dumps(value)}")
-    print("```", flush=True)
+    if not write_row(out, args):
+        return
+    env = {f"CUDA_MPS_{what}_DIRECTORY": str(out / f"mps-{what.lower()}") for what in ("PIPE", "LOG")}
+    for directory in env.values():
+        Path(directory).mkdir(exist_ok=True)
+    subprocess.run([control, "-d"], env=os.environ | env, check=True, timeout=20)
+    try:
+        measure_row(out, args, "mps", "capture,step", env=env)
+    finally:
+        subprocess.run([control], input="quit\n", env=os.environ | env, text=True, check=False, timeout=20)
+        for file in sorted((out / "mps-log").glob("*.log")):
+            tail(file, 4)
+
+
+def peers(out: Path, args: argparse.Namespace) -> None:
+    if write_row(out, args):
+        measure_row(out, args, "peers", "capture,step", "--anchors", str(64 if args.quick else SPECFORGE_ANCHORS))
+
+
+def write_row(out: Path, args: argparse.Namespace) -> bool:
+    """Target and data of the row's measurements, once."""
+    root = out / "row"
+    if (root / "train.jsonl").is_file():
+        return True
+    size = ("--quick",) if args.quick else ()
+    return call(out, "row-write", args.bridge_python, "benchmarks.bridge_data", str(root), *size, limit_s=60)
+
+
+def measure_row(
+    out: Path, args: argparse.Namespace, part: str, phases: str, *more: str, env: Mapping[str, str] | None = None
+) -> None:
+    print("\n| what | measured |\n|---|---|", flush=True)
+    command = ["benchmarks.bridge_row", str(out / "row"), args.bridge_python, "--phases", phases, *more]
+    command += ["--quick"] if args.quick else []
+    if not call(out, part, sys.executable, *command, limit_s=limit(args, part), env=env):
+        tail(out / "row" / "bridge.log")
 
 
 def run(out: Path, args: argparse.Namespace) -> None:
-    """200 steps of the embedded job; GPU memory in use sampled beside it."""
-    steps, python = 4 if args.quick else 200, args.bridge_python
-    command = ["jaxdraft.train", "--config", "tiny_qwen35vl.py", "--output-dir", str(out), "--name", "run"]
-    command += ["--max-steps", str(steps), "--epochs", "200", "--eval-interval", "100", "--save-interval", "100"]
-    command += ["--bridge.python", python, "--num-decode", "0"]
-    command += ["--data.cache-dir", str(out / "cache"), "--bridge.restarts", "1"]
-    if args.quick:
-        command += ["--target.backend", "huggingface"]
-    else:
-        command += ["--bridge.transport", "cuda_ipc", "--target.backend", "sglang", "--target.dtype", "bfloat16"]
-        command += [
-            "--compute-dtype",
-            "bfloat16",
-            "--trainer.memory-fraction",
-            "0.4",
-            "--bridge.memory-fraction",
-            "0.3",
-        ]
-    samples: list[tuple[int, int]] = []  # (step, MiB in use on the GPU)
-    metrics = out / "run" / "metrics.jsonl"
-    with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(call, out, "run-train", sys.executable, *command)
-        while not done.done():
-            time.sleep(0.5)
-            step = last_step(metrics)
-            if step and (used := gpu_memory()) is not None:
-                samples.append((step, used))
-    if done.result() is None:
+    print("\n| what | measured |\n|---|---|", flush=True)
+    command = ["benchmarks.bridge_run", str(out), args.bridge_python, *(["--quick"] if args.quick else [])]
+    good = call(out, "run", sys.executable, *command, limit_s=limit(args, "run"))
+    text = (out / "run-train.log").read_text(errors="replace")
+    if "GPU memory" in text:
+        print("\n```\n" + text[text.find("GPU memory") : text.find("data  ")] + "```", flush=True)
+    if not good:
+        tail(out / "run-train.log")
         tail(out / "run" / "bridge.log")
-    print("\n```")
-    text = (out / "run-train.log").read_text()
-    print(text[text.find("GPU memory") : text.find("plan  ")] if "GPU memory" in text else "")
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-    losses = [line["loss"] for line in lines if line["split"] == "train"]
-    if losses:
-        tenth = max(1, len(losses) // 10)
-        first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
-        finite = all(map(math.isfinite, losses))
-        print(f"{len(losses)} steps, loss of the first tenth {first:.3f}, of the last {last:.3f}; all finite: {finite}")
-        for line in lines[:1] + lines[-1:]:
-            print({k: v for k, v in line.items() if isinstance(v, (int, float, str))})
-    if samples:
-        some = samples[:: max(1, len(samples) // 12)]
-        print(f"(step, MiB in use on the GPU): {some}")
-    print("```", flush=True)
 
 
-def last_step(metrics: Path) -> int:
-    try:
-        return json.loads(metrics.read_text().splitlines()[-1])["step"]
-    except (OSError, IndexError, KeyError, ValueError):
-        return 0
+def parity(out: Path, args: argparse.Namespace) -> None:
+    sizes = ("tiny",) if args.quick else ("tiny", "full")
+    cases = [(family, size) for size in sizes for family in args.families.split(",")]
+    deadline = time.monotonic() + limit(args, "parity")
+
+    def python(family: str) -> str:  # SGLang 0.5.14's Qwen2.5-VL needs the transformers that it pins
+        return (args.bridge_python_pinned or args.bridge_python) if family == "qwen2_5_vl" else args.bridge_python
+
+    def one(name: str, *command: str, table: bool = False) -> bool:
+        return call(out, name, *command, limit_s=max(1, deadline - time.monotonic()), table=table)
+
+    def case(family: str, size: str) -> None:
+        module, what = "benchmarks.bridge_parity", (family, size, str(out))
+        if one(f"reference-{family}-{size}", python(family), module, "reference", *what):
+            for dtype in args.dtypes.split(","):
+                command = (python(family), module, "capture", *what, dtype)
+                waiting.append(pool.submit(one, f"capture-{family}-{size}-{dtype}", *command, table=True))
+
+    print("\n| model | backend | dtype | tokens | error, worst layer | transformers bf16 | ratio |", flush=True)
+    print("|---|---|---|---|---|---|---|", flush=True)
+    waiting: list[Any] = []
+    workers = args.workers or (1 if args.quick else 6)
+    with ThreadPoolExecutor(workers) as pool:
+        references = [pool.submit(case, *c) for c in cases]
+        for job in references:
+            job.result()
+        for job in waiting:
+            job.result()
 
 
-def gpu_memory() -> int | None:
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])
-    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
-        return None
+def limit(args: argparse.Namespace, part: str) -> float:
+    return 600 if args.quick else args.limit or LIMITS_S[part]
 
 
-def tail(log: Path) -> None:
+def tail(log: Path, count: int = 25) -> None:
     if log.is_file():
-        lines = log.read_text(errors="replace").splitlines()
-        print(f"\nend of {log.name}:\n```\n" + "\n".join(line[:400] for line in lines[-30:]) + "\n```", flush=True)
+        lines = [line[:300] for line in log.read_text(errors="replace").splitlines() if line.strip()][-count:]
+        print(f"\nend of {log.name}:\n```\n" + "\n".join(lines) + "\n```", flush=True)
 
 
 def versions() -> str:
@@ -175,15 +193,23 @@ def versions() -> str:
     return f"Python {sys.version.split()[0]}, " + ", ".join(found)
 
 
+PARTS = {"row": row, "run": run, "parity": parity, "mps": mps, "peers": peers}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bridge", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="what a CPU can do")
-    parser.add_argument("--parts", default="row,run,parity")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument(
+        "--side-by-side", action="store_true", help="all named parts at once: for those without a clock"
+    )
+    parser.add_argument("--limit", type=float, default=None, help="seconds of each part, in place of its own limit")
     parser.add_argument("--out", type=Path, default=None, help="logs and models; default: a new temporary folder")
     parser.add_argument("--families", default=",".join(FAMILIES), help="of the parity part")
     parser.add_argument("--dtypes", default="bfloat16,float32", help="of the parity part")
     parser.add_argument("--workers", type=int, default=0, help="parity processes at a time; default 1 quick, else 6")
     parser.add_argument("--bridge-python", default=sys.executable, help="of the environment with torch and SGLang")
+    parser.add_argument("--bridge-python-pinned", default=None, help="the same with the transformers that SGLang pins")
     args = parser.parse_args()
     out = args.out or Path(tempfile.mkdtemp(prefix="bridge-benchmark-"))
     out.mkdir(parents=True, exist_ok=True)
@@ -192,13 +218,17 @@ def main() -> None:
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
         gpu = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     print(f"{time.strftime('%Y-%m-%d')}, {versions()}, GPU: {gpu or 'none'}\n", flush=True)
-    parts: dict[str, Any] = {"parity": parity, "row": row, "run": run}
-    for part in args.parts.split(","):
-        print(f"### {part}", flush=True)
+
+    def part(name: str) -> None:
+        print(f"### {name}", flush=True)
         try:
-            parts[part](out, args)
+            PARTS[name](out, args)
         except Exception as error:  # the other parts go on
-            print(f"**{part} failed**: {type(error).__name__}: {error}", flush=True)
+            print(f"**{name} failed**: {type(error).__name__}: {error}", flush=True)
+
+    names = args.parts.split(",")
+    with ThreadPoolExecutor(len(names) if args.side_by_side else 1) as pool:
+        list(pool.map(part, names))
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def reference(family: str, size: str, root: Path) -> None:
 
 
 def capture(family: str, size: str, root: Path, dtype: str) -> None:
-    """SGLang's features of the same requests; prints one JSON line."""
+    """SGLang's features of the same requests; prints two lines of the table."""
     if dtype == "float32":
         allow_float32()
         use_native_ops()
@@ -163,7 +163,11 @@ def capture(family: str, size: str, root: Path, dtype: str) -> None:
         errors = per_layer(got[where], exact)
         own = per_layer(wanted["bfloat16", target.info.capture][where], exact)
         result[kind] = {"sglang": errors, "transformers bf16": own, "ratio": max(map(lambda a, b: a / b, errors, own))}
-    print(json.dumps(result), flush=True)
+    for kind in ("text", "image"):
+        worst, own = max(result[kind]["sglang"]), max(result[kind]["transformers bf16"])
+        how = f"{result['backend']}, {result['setter']}, {result['capture']}"
+        print(f"| {family} {size} | {how} | {dtype} | {kind} | {worst:.2e} | {own:.2e} | {result[kind]['ratio']:.3g} |")
+    sys.stdout.flush()
     os._exit(0)  # SGLang's process groups take long to end
 
 

@@ -1,105 +1,34 @@
 """A bridge and a trainer on one GPU: what a row costs, alone and together, and how it changes hands.
 
-    BRIDGE_PYTHON -m benchmarks.bridge_row DIR --write [--quick]    the target and the data
-    python -m benchmarks.bridge_row DIR BRIDGE_PYTHON [--quick]     the measurements, as one JSON line
+    python -m benchmarks.bridge_row DIR BRIDGE_PYTHON [--quick] [--phases A,B] [--anchors N]
 
-The target has Qwen3.5-4B's shape and random weights; the rows are full of the embedded conversations, with their
-pictures. Four measurements in one process and its bridge: capture alone, the training step alone, both together, and
-the hand-over: from the end of the target's extend in the bridge to arrays that JAX can use (one clock for both sides).
+Target and data are `bridge_data`'s: Qwen3.5-4B's shape, pictures and text. The draft is the published 5-layer one, and
+the step is `jaxdraft.train_step` with its optimizer. In one process and its bridge, in this order, a line at a time:
+
+    hand-over     from the end of the target's extend in the bridge to arrays that JAX can use (one clock for both)
+    capture       the bridge alone, always asked for the next rows
+    step          the training step alone, on a copy of one row; then both together, as `jaxdraft.train` runs them
+    accumulated   the same with one optimizer update in four rows
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import json
 import os
-import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny"
-SAMPLE_CONVERSATIONS = 8  # joined to one sample of about 900 tokens
-SHAPES = {  # Qwen3.5-4B, and something that a CPU can do
-    "full": {
-        "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32, "num_attention_heads": 16,
-        "num_key_value_heads": 4, "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
-        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "vocab_size": 248_320,
-        "max_position_embeddings": 8192,
-    },
-    "quick": {"num_hidden_layers": 8, "max_position_embeddings": 8192},
-}  # fmt: skip
-VISION = {
-    "full": {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560},
-    "quick": {},
-}
-
-
-def write_target(directory: Path, size: str) -> None:
-    """config.json, tokenizer and processor of the embedded target; the text model's widths of `size`."""
-    import torch
-    from safetensors.torch import save_file
-
-    directory.mkdir(parents=True, exist_ok=True)
-    for file in TINY.joinpath("target").iterdir():
-        if file.suffix != ".safetensors" and file.name != "config.json":
-            shutil.copy(file, directory)
-    config = json.loads((TINY / "target" / "config.json").read_text())
-    text = config["text_config"] = config["text_config"] | SHAPES[size]
-    pattern = ["linear_attention"] * 3 + ["full_attention"]
-    text["layer_types"] = pattern * (text["num_hidden_layers"] // 4)
-    if size == "full":
-        text["rope_parameters"]["mrope_section"] = [11, 11, 10]
-    config["vision_config"] |= VISION[size]
-    (directory / "config.json").write_text(json.dumps(config))
-    # The trainer reads the embedding; SGLang makes all weights up (load_format="dummy").
-    block = 0.02 * torch.randn(1280, text["hidden_size"], dtype=torch.bfloat16)
-    embedding = block.repeat(-(-text["vocab_size"] // 1280), 1)[: text["vocab_size"]].contiguous()
-    save_file({"model.language_model.embed_tokens.weight": embedding}, directory / "model.safetensors")
-
-
-def write_data(directory: Path) -> None:
-    """Samples long enough for a few of them to fill a row of 4,096 tokens: embedded conversations, joined."""
-    lines = [json.loads(line) for line in (TINY / "train.jsonl").read_text().splitlines()]
-    samples = []
-    for start in range(0, len(lines), SAMPLE_CONVERSATIONS):
-        messages = [m for line in lines[start : start + SAMPLE_CONVERSATIONS] for m in line["messages"]]
-        messages = [m for m in messages if m["role"] != "system"]
-        samples.append(json.dumps({"id": f"joined-{start}", "messages": messages}))
-    text = "\n".join(samples).replace("pictures/", f"{TINY}/pictures/")
-    (directory / "train.jsonl").write_text(text)
-
-
-def make_config(root: Path, size: str) -> Any:
-    from jaxdraft.config import BridgeConfig, Config, DataConfig, DraftOptions, TargetConfig, TrainerConfig
-
-    full = size == "full"
-    return Config(
-        name="row",
-        output_dir=str(root / "runs"),
-        target=TargetConfig(path=str(root / "target"), backend="sglang" if full else "huggingface"),
-        data=DataConfig(
-            train_path=str(root / "train.jsonl"),
-            eval_fraction=0,
-            row_tokens=4096 if full else 1024,
-            cache_dir=None,
-        ),
-        draft=DraftOptions(
-            num_layers=5 if full else 1,
-            block_size=16,
-            **({"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "intermediate_size": 9728} if full else {}),
-        ),
-        bridge=BridgeConfig(
-            transport="cuda_ipc" if full else "shared_memory",
-            sglang_args={"load_format": "dummy"} if full else {},
-            verify=full,
-            memory_fraction=0.25 if full else None,
-        ),
-        trainer=TrainerConfig(memory_fraction=0.5 if full else None),
-        epochs=20,
-    )
+PHASES = ("hand-over", "capture", "step", "accumulated")
+ACCUMULATION = 4
+ROWS = {"full": 30, "quick": 4}  # measured in each phase
+PROFILED_FILL = 6  # everything is warm by then
+# --- the bridge's worker ----------------------------------------------------------------------------------------------
 
 
 class TimedWorker:
@@ -107,6 +36,7 @@ class TimedWorker:
 
     def __new__(cls, spec: Any) -> Any:
         import torch
+        from safetensors.torch import load_file
 
         from feature_bridge.contracts import Skip
         from feature_bridge.worker import Worker
@@ -116,17 +46,20 @@ class TimedWorker:
 
             def fill(self, split: str, rows: Any, slot: Any) -> Any:
                 self.fills += 1
-                if self.fills == 5 and torch.cuda.is_available():
+                if self.fills == PROFILED_FILL and torch.cuda.is_available():
                     with torch.profiler.profile() as profile:
                         filled = super().fill(split, rows, slot)
-                    file = Path(spec.target.path).parent / "fill_trace.json"
-                    profile.export_chrome_trace(str(file))
+                    profile.export_chrome_trace(str(Path(spec.target.path).parent / "fill_trace.json"))
                 else:
                     filled = super().fill(split, rows, slot)
                 ended = (Skip(where="extend", reason=self.ended),)
                 return tuple(dataclasses.replace(row, skipped=ended) for row in filled)
 
         worker = Timed(spec)
+        if spec.target.sglang_args.get("load_format") == "dummy":  # the file's embedding, as the trainer expects it
+            (embedding,) = load_file(Path(spec.target.path) / "model.safetensors").values()
+            with torch.no_grad():
+                worker.target.frozen()["embedding"].copy_(embedding)
         extend = worker.target.extend
 
         def timed_extend(requests: Any, **options: Any) -> Any:
@@ -140,162 +73,286 @@ class TimedWorker:
         return worker
 
 
-def main(root: Path, size: str, python: str) -> dict[str, Any]:
+# --- the measurements -------------------------------------------------------------------------------------------------
+
+
+def make_config(root: Path, size: str, anchors: int | None) -> Any:
+    from jaxdraft.config import BridgeConfig, Config, DataConfig, DraftOptions, TargetConfig, TrainerConfig
+
+    full = size == "full"
+    return Config(
+        name="row",
+        output_dir=str(root / "runs"),
+        target=TargetConfig(path=str(root / "target"), backend="sglang" if full else "huggingface"),
+        data=DataConfig(
+            train_path=str(root / "train.jsonl"),
+            eval_fraction=0,
+            row_tokens=4096 if full else 1024,
+            max_pixels=512 * 512 if full else None,
+            cache_dir=str(root / "cache"),
+        ),
+        draft=DraftOptions(
+            num_layers=5 if full else 1,
+            block_size=16,
+            **({"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "intermediate_size": 9728} if full else {}),
+        ),
+        bridge=BridgeConfig(
+            transport="cuda_ipc" if full else "shared_memory",
+            sglang_args={"load_format": "dummy"} if full else {},
+            memory_fraction=0.25 if full else None,
+        ),
+        trainer=TrainerConfig(memory_fraction=0.5 if full else None),
+        epochs=20,
+        anchors_per_row=anchors,
+    )
+
+
+def say(name: str, value: Any) -> None:
+    """One line of the table, at once."""
+    print(f"| {name} | {value} |", flush=True)
+
+
+class Run:
+    """A bridge, a draft and its step. `measure` prints one phase."""
+
+    def __init__(self, root: Path, size: str, bridge: Any, config: Any, mesh: Any, draft: Any, target: Any):
+        import jax
+        import numpy as np
+
+        from jaxdraft.features import FeatureStream, memory_use
+        from jaxdraft.frozen import FrozenWeights
+        from jaxdraft.run import make_plan
+
+        self.root, self.rows, self.bridge, self.config, self.mesh, self.draft = (
+            root, ROWS[size], bridge, config, mesh, draft,
+        )  # fmt: skip
+        device = mesh.local_devices[0]
+        before = (device.memory_stats() or {}).get("bytes_in_use", 0)
+        self.frozen = FrozenWeights(config, target, bridge, mesh, config.compute_dtype)
+        jax.block_until_ready(self.frozen())
+        grown = (device.memory_stats() or {}).get("bytes_in_use", 0) - before
+        say("embedding and head", f"{self.frozen.origin}; JAX's own memory grew by {grown / 2**20:.1f} MiB")
+        for what, amount in memory_use(bridge, device).items():
+            say(f"memory: {what}", f"{amount / 2**30:.2f} GiB")
+        lengths = np.frombuffer(bridge.ready.indexes["train"].lengths, "<i4")
+        self.plan = make_plan(config, lengths, np.empty(0, np.int32), 1)
+        self.key = jax.random.key(0)
+        self.stream = FeatureStream(bridge, self.plan.requests(0), mesh)
+        self.capture_s = self.batch = None
+
+    def make_step(self, accumulation: int) -> tuple[Any, Any]:
+        """The jitted step and a new state for it."""
+        import jax
+
+        from jaxdraft.train_step import StepConfig, init_state, make_train_step, state_shardings
+
+        config = self.config
+        options = StepConfig(
+            num_anchors=config.num_anchors,
+            total_steps=self.plan.total_steps,
+            anchor_rule=config.anchor_rule,
+            accumulation=accumulation,
+            compute_dtype=config.compute_dtype,
+        )
+        init = functools.partial(init_state, self.draft, config.optim, options)
+        state = jax.jit(init, out_shardings=state_shardings(self.draft, config.optim, options, self.mesh))(self.key)
+        step = make_train_step(self.draft, config.loss, config.optim, options, self.frozen, mesh=self.mesh)
+        return step, state
+
+    def hand_over(self) -> None:
+        """Nothing else is under way: the trainer waits for each slot."""
+        import jax
+
+        times, dlpack, fills = [], [], []
+        requests = [request for step in range(self.rows) for request in self.plan.step_requests(step)]
+        for request in requests[: self.rows]:
+            rows = [_row(row_id, samples) for row_id, samples in request.rows]
+            self.bridge.fill(request.split, rows)
+            filled = self.bridge.next_filled()
+            before = time.monotonic()
+            producers = self.bridge.slot(filled)
+            arrays = {n: jax.dlpack.from_dlpack(p, copy=False) for n, p in producers.items()}
+            jax.block_until_ready(arrays)
+            now = time.monotonic()
+            dlpack.append(now - before)
+            times.append(now - float(filled.rows[0].skipped[0].reason))
+            fills.append(filled.seconds)
+            assert all(arrays[n].unsafe_buffer_pointer() == p.address for n, p in producers.items())
+            num_bytes = arrays["features"].nbytes
+            for array in arrays.values():
+                array.delete()
+            self.bridge.release(filled.slot, filled.generation)
+        say("row", f"{self.config.data.row_tokens} tokens, {num_bytes / 1e6:.1f} MB of features")
+        say("hand-over, extend's end to jax.Array", quantiles(times))
+        say("of it DLPack, 4 arrays, in the trainer", quantiles(dlpack))
+        say("pointers equal the slot's", f"all of {self.rows} rows")
+        say("a fill that nothing was prepared for", quantiles(fills))
+        for name, value in of_trace(self.root / "fill_trace.json").items():
+            say(f"one fill: {name}", value)
+
+    def capture(self) -> None:
+        """The bridge is always asked for the next rows."""
+
+        def rows(count: int) -> tuple[int, int]:
+            samples = tokens = 0
+            for _ in range(count):
+                slot = next(self.stream)
+                samples, tokens = samples + len(slot.rows[0].samples), tokens + slot.rows[0].num_tokens
+                self.stream.release(slot.filled)
+            return samples, tokens
+
+        rows(4)
+        start = time.monotonic()
+        samples, tokens = rows(self.rows)
+        seconds = time.monotonic() - start
+        self.capture_s = seconds / self.rows
+        say("capture alone", f"{1000 * self.capture_s:.1f} ms a row")
+        say("capture alone, throughput", f"{tokens / seconds:,.0f} tokens/s, {samples / seconds:.2f} samples/s")
+
+    def one_batch(self) -> Any:
+        """A copy of one row. Afterwards the bridge is idle: it has filled what it was asked for."""
+        import jax
+        import jax.numpy as jnp
+
+        if self.batch is None:
+            slot = next(self.stream)
+            self.batch = jax.block_until_ready(jax.tree.map(jnp.array, slot.batch))
+            self.stream.release(slot.filled)
+            time.sleep(5 * (self.capture_s or 1.0) + 0.5)
+        return self.batch
+
+    def step(self, accumulation: int = 1) -> None:
+        """Step alone, then both together; the parts' sum is of this very run."""
+        import jax
+
+        batch, (step, state) = self.one_batch(), self.make_step(accumulation)
+        name = "" if accumulation == 1 else f", accumulation {accumulation}"
+        start = time.monotonic()
+        for _ in range(2 * accumulation):
+            state, metrics = step(state, batch, self.key)
+        jax.block_until_ready((state, metrics))
+        say(f"first steps{name}", f"{time.monotonic() - start:.0f} s, compilation included")
+        count = self.rows // accumulation * accumulation
+        start = time.monotonic()
+        for _ in range(count):
+            state, metrics = step(state, batch, self.key)
+        jax.block_until_ready((state, metrics))
+        step_s = (time.monotonic() - start) / count
+        say(f"step alone, with optimizer{name}", f"{1000 * step_s:.1f} ms a row")
+        self.together(step, state, step_s, name)
+
+    def together(self, step: Callable[..., Any], state: Any, step_s: float, name: str) -> None:
+        """As `jaxdraft.train` does it: a slot goes back when its step is done, a step late."""
+        import jax
+
+        def rows(count: int) -> Iterator[Any]:
+            nonlocal state
+            previous = None
+            for _ in range(count):
+                slot = next(self.stream)
+                state, metrics = step(state, slot.batch, self.key)
+                if previous is not None:
+                    jax.block_until_ready(previous[1])
+                    self.stream.release(previous[0].filled)
+                previous = slot, metrics
+                yield slot.rows[0]
+            jax.block_until_ready(previous[1])
+            self.stream.release(previous[0].filled)
+
+        list(rows(4))
+        waited, start = self.stream.seconds_waiting, time.monotonic()
+        done = list(rows(self.rows // 4 * 4))
+        seconds = time.monotonic() - start
+        waited = self.stream.seconds_waiting - waited
+        samples, tokens = sum(len(row.samples) for row in done), sum(row.num_tokens for row in done)
+        a_row = seconds / len(done)
+        say(f"together{name}", f"{1000 * a_row:.1f} ms a row, of it {1000 * waited / len(done):.1f} waiting for a slot")
+        say(f"end to end{name}", f"{samples / seconds:.2f} samples/s, {tokens / seconds:,.0f} tokens/s, "
+            f"{tokens / max(1, samples):.0f} tokens a sample, {self.config.num_anchors} anchors a row")  # fmt: skip
+        if self.capture_s:
+            say(f"together / (capture alone + step alone){name}", f"{a_row / (self.capture_s + step_s):.3f}")
+
+
+def main(root: Path, size: str, python: str, phases: list[str], anchors: int | None) -> None:
+    from jaxdraft import runtime
+    from jaxdraft.gpu_memory import claim_gpu_memory, limit_gpu_memory
+
+    config = make_config(root, size, anchors)
+    limit_gpu_memory(config.trainer.memory_fraction)
+    runtime.configure()
     import jax
-    import jax.numpy as jnp
-    import numpy as np
 
     from feature_bridge.client import connect
-    from jaxdraft.features import FeatureStream, make_bridge_spec, memory_use
-    from jaxdraft.gpu_memory import claim_gpu_memory, limit_gpu_memory
-    from jaxdraft.objective import Frozen
-    from jaxdraft.run import make_plan
-    from jaxdraft.target import load_frozen, make_draft_config, open_target
-    from jaxdraft.train_step import StepConfig, init_state, make_train_step
+    from jaxdraft.features import make_bridge_spec
+    from jaxdraft.sharding import make_mesh
+    from jaxdraft.target import make_draft_config, open_target
 
-    config = make_config(root, size)
-    limit_gpu_memory(config.trainer.memory_fraction)
     device = jax.local_devices()[0]
     claim_gpu_memory([device])
     target = open_target(config.target)
     draft = make_draft_config(config.draft, target)
-    spec = make_bridge_spec(config, draft.target_layer_ids)
-    log = root / "bridge.log"
-    result: dict[str, Any] = {"device": device.device_kind, "row_tokens": config.data.row_tokens}
     started = time.monotonic()
     with connect(
-        spec,
-        log_path=log,
+        make_bridge_spec(config, draft.target_layer_ids),
+        log_path=root / "bridge.log",
         python=python,
         worker="benchmarks.bridge_row:TimedWorker",
         env={"PYTHONPATH": path_with_repository()},
     ) as bridge:
-        result |= {"start_s": time.monotonic() - started, "backend": bridge.ready.target.backend}
-        result["memory_gib"] = {name: n / 2**30 for name, n in memory_use(bridge, device).items()}
-        lengths = np.frombuffer(bridge.ready.indexes["train"].lengths, "<i4")
-        plan = make_plan(config, lengths, np.empty(0, np.int32), 1)
-        result["row_fill"] = plan.schedule.fill
-
-        options = StepConfig(
-            num_anchors=config.num_anchors,
-            total_steps=plan.total_steps,
-            anchor_rule=config.anchor_rule,
-            accumulation=config.accumulation,
-            compute_dtype=config.compute_dtype,
-        )
-        embedding, head = load_frozen(config.target, target, jnp.dtype(config.compute_dtype))
-        frozen = Frozen(embedding=embedding, head=head)
-        key = jax.random.key(0)
-        state = jax.jit(functools.partial(init_state, draft, config.optim, options))(key)
-        step = make_train_step(draft, config.loss, config.optim, options, frozen)
-        stream = FeatureStream(bridge, plan.requests(0))
-        rows = {"full": 30, "quick": 4}[size]
-
-        progress("hand-over")
-        # Hand-over: nothing else is under way, so the trainer waits for each slot.
-        hand_over, dlpack = [], []
-        for _ in range(rows):
-            filled = one_slot(bridge, plan)
-            before = time.monotonic()
-            arrays = {n: jax.dlpack.from_dlpack(p, copy=False) for n, p in bridge.slot(filled).items()}
-            jax.block_until_ready(arrays)
-            now = time.monotonic()
-            dlpack.append(now - before)
-            hand_over.append(now - float(filled.rows[0].skipped[0].reason))
-            pointers = [arrays[n].unsafe_buffer_pointer() == p.address for n, p in bridge.slot(filled).items()]
-            assert all(pointers)
-            result["row_bytes"] = arrays["features"].nbytes
-            for array in arrays.values():
-                array.delete()
-            bridge.release(filled.slot, filled.generation)
-        result["hand_over_ms"] = quantiles(hand_over)
-        result["of_it_dlpack_ms"] = quantiles(dlpack)
-        result["pointers_equal"] = True
-
-        progress("capture alone")
-
-        # Capture alone: the bridge is always asked for the next rows.
-        def capture(count: int) -> float:
-            start = time.monotonic()
-            for _ in range(count):
-                stream.release(next(stream).filled)
-            return (time.monotonic() - start) / count
-
-        capture(4)
-        result["capture_s"] = capture(rows)
-        result["capture_tokens_per_s"] = config.data.row_tokens * plan.schedule.fill / result["capture_s"]
-
-        progress("the step alone")
-        # The step alone, on one row's copy, as many times.
-        slot = next(stream)
-        batch = jax.tree.map(jnp.array, slot.batch)  # copies
-        jax.block_until_ready(batch)
-        stream.release(slot.filled)
-        time.sleep(5 * result["capture_s"] + 0.5)  # the bridge has filled what it was asked for, and is idle
-
-        def steps(count: int) -> float:
-            nonlocal state
-            start = time.monotonic()
-            for _ in range(count):
-                state, metrics = step(state, batch, key)
-            jax.block_until_ready((state, metrics))
-            return (time.monotonic() - start) / count
-
-        steps(2)
-        result["step_s"] = steps(rows)
-
-        progress("together")
-
-        # Together, as `jaxdraft.train` does it: a slot goes back when its step is done, a step late.
-        def together(count: int) -> float:
-            nonlocal state
-            start, previous = time.monotonic(), None
-            for _ in range(count):
-                slot = next(stream)
-                state, metrics = step(state, slot.batch, key)
-                if previous is not None:
-                    jax.block_until_ready(previous[1])
-                    stream.release(previous[0].filled)
-                previous = slot, metrics
-            jax.block_until_ready(previous[1])
-            stream.release(previous[0].filled)
-            return (time.monotonic() - start) / count
-
-        together(4)
-        result["together_s"] = together(rows)
-        result["together_over_sum"] = result["together_s"] / (result["capture_s"] + result["step_s"])
-        jax.block_until_ready(state)
-    result["copies_of_a_fill"] = copies(root / "fill_trace.json")
-    return result
+        say("machine", f"{device.device_kind}; {bridge.ready.target.backend}; jax {jax.__version__}")
+        say("bridge ready after", f"{time.monotonic() - started:.0f} s")
+        run = Run(root, size, bridge, config, make_mesh(data=1, devices=[device]), draft, target)
+        if "hand-over" in phases:
+            run.hand_over()
+        if "capture" in phases:
+            run.capture()
+        if "step" in phases:
+            run.step()
+        if "accumulated" in phases:
+            run.step(ACCUMULATION)
 
 
-def progress(what: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
-
-
-def one_slot(bridge: Any, plan: Any) -> Any:
+def _row(row_id: int, samples: Any) -> Any:
     from feature_bridge.contracts import Row
 
-    (request,) = plan.step_requests(0)
-    bridge.fill(request.split, [Row(row_id=row_id, samples=tuple(samples)) for row_id, samples in request.rows])
-    return bridge.next_filled()
+    return Row(row_id=row_id, samples=tuple(samples))
 
 
-def copies(trace: Path) -> dict[str, Any]:
-    """Bytes by kind of copy, of all the GPU did for one row, as torch's profiler saw them."""
+def of_trace(trace: Path) -> dict[str, str]:
+    """What torch's profiler saw the GPU do for one row: kernels, pauses between them, bytes by kind of copy."""
     if not trace.is_file():
         return {}
-    total: dict[str, int] = {}
-    for event in json.loads(trace.read_text())["traceEvents"]:
-        if event.get("cat") == "gpu_memcpy":
-            kind = event["name"].split("(")[0].strip()
-            total[kind] = total.get(kind, 0) + int(event["args"].get("bytes", 0))
-    return total
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("ph") == "X"]
+    on_gpu = sorted(
+        (e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")), key=lambda e: e["ts"]
+    )
+    if not on_gpu:
+        return {"GPU": "nothing was recorded"}
+    busy = sum(e["dur"] for e in on_gpu) / 1000
+    first, last = on_gpu[0]["ts"], max(e["ts"] + e["dur"] for e in on_gpu)
+    gaps, end = [], first
+    for event in on_gpu:
+        gaps.append((event["ts"] - end) / 1000)
+        end = max(end, event["ts"] + event["dur"])
+    found = {
+        "GPU busy": f"{busy:.1f} ms of {(last - first) / 1000:.1f} ms from its first to its last work",
+        "longest pauses of the GPU": ", ".join(f"{gap:.1f}" for gap in sorted(gaps)[:-6:-1]) + " ms",
+        "work items": f"{len(on_gpu)}",
+    }
+    copies: dict[str, list[int]] = {}
+    for event in on_gpu:
+        if event["cat"] == "gpu_memcpy":
+            copies.setdefault(event["name"].split("(")[0].strip(), []).append(int(event["args"].get("bytes", 0)))
+    for kind, sizes in copies.items():
+        found[kind] = f"{sum(sizes):,} bytes in {len(sizes)} copies, the largest {max(sizes):,}"
+    return found
 
 
-def quantiles(seconds: list[float]) -> dict[str, float]:
+def quantiles(seconds: list[float]) -> str:
     ordered = sorted(1000 * s for s in seconds)
-    return {"median": ordered[len(ordered) // 2], "p90": ordered[int(0.9 * len(ordered))], "max": ordered[-1]}
+    return (
+        f"median {ordered[len(ordered) // 2]:.2f} ms, p90 {ordered[int(0.9 * len(ordered))]:.2f}, max {ordered[-1]:.2f}"
+    )
 
 
 def path_with_repository() -> str:
@@ -304,9 +361,12 @@ def path_with_repository() -> str:
 
 
 if __name__ == "__main__":
-    root, size = Path(sys.argv[1]), "quick" if "--quick" in sys.argv else "full"
-    if "--write" in sys.argv:  # by a Python that has torch
-        write_target(root / "target", size)
-        write_data(root)
-    else:
-        print(json.dumps(main(root, size, python=sys.argv[2])), flush=True)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bridge_row", description=__doc__.splitlines()[0])
+    parser.add_argument("root", type=Path)
+    parser.add_argument("python", nargs="?", default=sys.executable)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--phases", default=",".join(PHASES))
+    parser.add_argument("--anchors", type=int, default=None)
+    args = parser.parse_args()
+    size = "quick" if args.quick else "full"
+    main(args.root, size, args.python, args.phases.split(","), args.anchors)
