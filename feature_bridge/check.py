@@ -1,4 +1,4 @@
-"""The systems that load a draft, on the same blocks: our torch draft, z-lab's class, SpecForge's, SGLang's.
+"""The systems that load a draft, on the same blocks: ours in torch, and the classes of four other projects.
 
     blocks (a file of the trainer) --> every system: what it understood of config.json, the weights it holds, and the
     hidden states it gives --> a file a system, which the trainer compares with its own (`jaxdraft.check`)
@@ -45,15 +45,18 @@ class System(Protocol):
         """Hidden states [B, H] of one block; embeddings of [anchor token, MASK, ...], not scaled."""
 
 
-def check(target: Target, request: Check) -> Checked:
-    """Run the blocks of `request.inputs_path` through each system. A system that fails is reported, never raised."""
+def check(target: Target, request: Check, *, rank: int = 0) -> Checked:
+    """Run the blocks of `request.inputs_path` through each system. A system that fails is reported, never raised.
+
+    All ranks of a target run them, for each has a part of its embedding; the files of the first are the result.
+    """
     start = time.monotonic()
     inputs = load_file(request.inputs_path)
-    systems = tuple(_check_one(name, target, request, inputs) for name in request.systems)
+    systems = tuple(_check_one(name, target, request, inputs, rank) for name in request.systems)
     return Checked(request_id=request.request_id, systems=systems, seconds=time.monotonic() - start)
 
 
-def _check_one(name: str, target: Target, request: Check, inputs: dict[str, Tensor]) -> CheckedSystem:
+def _check_one(name: str, target: Target, request: Check, inputs: dict[str, Tensor], rank: int) -> CheckedSystem:
     directory = Path(request.draft_path)
     try:
         system = SYSTEMS[name](directory, target)
@@ -64,7 +67,7 @@ def _check_one(name: str, target: Target, request: Check, inputs: dict[str, Tens
     except Exception as error:  # whatever another project's loader raises is that system's word about the draft
         return CheckedSystem(name=name, status="failed", note=" ".join(str(error).split()) or type(error).__name__)
     weights = {tensor: digest(weight) for tensor, weight in system.weights().items()}
-    outputs_path = Path(request.inputs_path).with_name(f"{name}.safetensors")
+    outputs_path = Path(request.inputs_path).with_name(f"{name}{f'.rank{rank}' if rank else ''}.safetensors")
     try:
         save_file(run_blocks(system, target, inputs, getattr(torch, request.embedding_dtype)), outputs_path)
     except Exception as error:
@@ -184,6 +187,45 @@ class PeerDraft:
         )[0]
 
 
+class SpeculatorsDraft:
+    """The draft model of `speculators`, loaded from its own form by its own `from_pretrained`."""
+
+    def __init__(self, directory: Path, target: Target):
+        from speculators.models.dflash import DFlashDraftModel, DFlashSpeculatorConfig
+
+        config = DFlashSpeculatorConfig.from_pretrained(directory)
+        config.transformer_layer_config._attn_implementation = "eager"
+        config.speculators_config.verifier.name_or_path = None  # its copies of the target's matrices are not used here
+        model, report = DFlashDraftModel.from_pretrained(
+            directory, config=config, dtype=torch.float32, output_loading_info=True
+        )
+        self._model = model.to(target.embed([0]).device).eval()
+        self._unset = set(report["missing_keys"])
+        self.version = f"speculators {importlib.metadata.version('speculators')}"
+        self.fields = {
+            "block_size": model.block_size,
+            "target_layer_ids": [i - 1 for i in model.target_layer_ids],  # it counts the embedding's output
+            "mask_token_id": model.mask_token_id,
+            "rope_theta": float(model.rotary_emb.config.rope_parameters["rope_theta"]),
+            "rms_norm_eps": model.norm.variance_epsilon,
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        of_the_target = ("embed_tokens", "lm_head", "verifier_lm_head", "verifier_norm")
+        found = self._model.state_dict().items()
+        return {n: w for n, w in found if n not in self._unset and n.partition(".")[0] not in of_the_target}
+
+    @torch.inference_mode()
+    def __call__(self, embedding_bh: Tensor, features_aw: Tensor) -> Tensor:
+        model, hidden = self._model, embedding_bh[None]
+        context = model.hidden_norm(model.fc(features_aw))[None]
+        positions = torch.arange(len(features_aw) + len(embedding_bh), device=embedding_bh.device)[None]
+        rotary = model.rotary_emb(hidden, positions)
+        for layer in model.layers:
+            hidden = layer(hidden_states=hidden, target_hidden=context, position_embeddings=rotary)
+        return model.norm(hidden)[0]
+
+
 def _zlab(directory: Path, target: Target) -> System:
     torchvision_ops.ensure()  # its Qwen3 imports transformers' image code
     from dflash.model import DFlashDraftModel
@@ -196,6 +238,11 @@ def _specforge(directory: Path, target: Target) -> System:
     from specforge.modeling.draft.dflash import DFlashDraftModel
 
     return PeerDraft(directory, target, DFlashDraftModel, "specforge", own_mask=False)
+
+
+def _speculators(directory: Path, target: Target) -> System:
+    torchvision_ops.ensure()
+    return SpeculatorsDraft(directory, target)
 
 
 def _sglang(directory: Path, target: Target) -> System:
@@ -213,4 +260,5 @@ SYSTEMS: dict[str, Callable[[Path, Target], System]] = {
     "z-lab": _zlab,
     "specforge": _specforge,
     "sglang": _sglang,
+    "speculators": _speculators,
 }

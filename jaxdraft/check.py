@@ -29,17 +29,19 @@ from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 
+from jaxdraft.bridges import Bridge, BridgeError
 from jaxdraft.cli import parse_args, run_command
 from jaxdraft.config import Config
-from jaxdraft.convert import load_draft, read_draft_config
+from jaxdraft.convert import form_of, load_draft, read_draft_config
 from jaxdraft.evaluate import as_served
 from jaxdraft.export import check_target, digest, export_draft
-from jaxdraft.features import Bridge, BridgeError, FeatureStream
+from jaxdraft.features import FeatureStream
 from jaxdraft.held_out import open_held_out
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import from_tensors, to_tensors
 from jaxdraft.objective import Frozen, Params
 from jaxdraft.parity import (
+    SYSTEMS,
     Conversation,
     Verdict,
     compare_systems,
@@ -169,7 +171,8 @@ def check_draft(directory: str | Path, config: Config, *, num_anchors: int = 6) 
             stream.release(slot.filled)
         # As the target has them: a bfloat16 target rounds a float32 checkpoint.
         frozen = held.frozen(config.target.dtype)
-        return [files, *compare_systems(held.bridge, directory, params, draft, frozen, conversations)]
+        systems = SYSTEMS[form_of(directory)]
+        return [files, *compare_systems(held.bridge, directory, params, draft, frozen, conversations, systems)]
 
 
 def print_verdicts(console: Console, title: str, verdicts: Sequence[Verdict]) -> None:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from jaxdraft.export import check_tensors
 from jaxdraft.model.dflash import DraftConfig
+from jaxdraft.speculators import OF_THE_TARGET, from_speculators, is_speculators
 
 # Parts of other draft families that this model has not; a config that switches one on is refused by its name.
 FOREIGN_FIELDS = ("projector_type", "pure_draft_prefix_len", "shift_label", "selector_rank", "conv_kernel_size")
@@ -29,6 +30,8 @@ def load_draft(directory: str | Path) -> tuple[dict[str, np.ndarray], DraftConfi
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="flax") as stored:  # numpy's own reader knows no bfloat16
             tensors |= {name.removeprefix("model."): np.asarray(stored.get_tensor(name)) for name in stored.keys()}  # noqa: SIM118
+    if form_of(directory) == "speculators":
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in OF_THE_TARGET}
     if not tensors:
         raise ValueError(f"draft {directory} has no .safetensors file; give an exported draft's directory")
     try:
@@ -39,20 +42,31 @@ def load_draft(directory: str | Path) -> tuple[dict[str, np.ndarray], DraftConfi
 
 
 def read_draft_config(directory: str | Path) -> DraftConfig:
-    """The shape of a draft from its config.json, z-lab's old and new forms.
+    """The shape of a draft from its config.json: z-lab's old and new forms, and speculators'.
 
     Raises:
       ValueError: no config.json, or a field that this model does not compute.
     """
     file = Path(directory) / "config.json"
-    if not file.is_file():
-        raise ValueError(f"draft {directory} has no config.json; give an exported draft's directory")
+    config = _read_config(directory)
     try:
-        return parse_draft_config(json.loads(file.read_text()))
+        return parse_draft_config(from_speculators(config) if is_speculators(config) else config)
     except KeyError as error:
         raise ValueError(f"{file} has no field {error}; give a DFlash draft's config") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def form_of(directory: str | Path) -> str:
+    """ "dflash" or "speculators". Raises ValueError: no config.json."""
+    return "speculators" if is_speculators(_read_config(directory)) else "dflash"
+
+
+def _read_config(directory: str | Path) -> dict[str, Any]:
+    file = Path(directory) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"draft {directory} has no config.json; give an exported draft's directory")
+    return json.loads(file.read_text())
 
 
 def parse_draft_config(config: Mapping[str, Any]) -> DraftConfig:

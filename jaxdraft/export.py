@@ -30,10 +30,12 @@ from jaxdraft.cli import parse_options, run_command
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import tensor_table, to_tensors
 from jaxdraft.model_card import model_card
+from jaxdraft.speculators import to_speculators
 
 Tensors = Mapping[str, np.ndarray]
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 EXPORT_FORMAT = 1
+Form = Literal["dflash", "speculators"]
 
 
 def export_draft(
@@ -43,6 +45,7 @@ def export_draft(
     directory: str | Path,
     *,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    form: Form = "dflash",
     capture: str = "layer_output",
     provenance: Mapping[str, Any] | None = None,
     card: Mapping[str, Any] | None = None,
@@ -55,6 +58,7 @@ def export_draft(
       target: the target's config.json.
       directory: the one to write; its parent is created.
       dtype: of the written tensors.
+      form: of config.json; "speculators" is vLLM's.
       capture: what a feature is, "layer_output" or "next_layer_input"; the serving engine has to mean the same.
       provenance: more for `export.json`, for example the run and the step.
       card: more for the model card: `recipe`, `data` and `summary` of `jaxdraft.model_card.model_card`.
@@ -76,17 +80,22 @@ def export_draft(
     try:
         # "pt" is what transformers insists on; it says nothing about the bytes.
         save_file(written, unfinished / "model.safetensors", metadata={"format": "pt"})
-        _write_json(unfinished / "config.json", hf_config(config, target, dtype))
-        shutil.copy(modeling_file(), unfinished / "dflash.py")
+        served = hf_config(config, target, dtype)
+        if form == "speculators":
+            served = to_speculators(config, served, target, (provenance or {}).get("target"))
+        else:
+            shutil.copy(modeling_file(), unfinished / "dflash.py")
+        _write_json(unfinished / "config.json", served)
         about = {
             "format": EXPORT_FORMAT,
+            "form": form,
             "jaxdraft": _version(),
             "capture": capture,
             "mask_token_id": config.mask_token_id,
             "target_layer_ids": list(config.target_layer_ids),
             "draft": dataclasses.asdict(config),
             "tensors": {name: digest(tensor) for name, tensor in written.items()},
-            "sha256": {name: _sha256(unfinished / name) for name in ("model.safetensors", "config.json", "dflash.py")},
+            "sha256": {file.name: _sha256(file) for file in sorted(unfinished.iterdir())},
             **(provenance or {}),
         }
         _write_json(unfinished / "export.json", about)
@@ -263,6 +272,8 @@ class Arguments:
     """Directory of the target; None: where it was during training."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the written tensors."""
+    format: Form = "dflash"
+    """dflash: what z-lab, SpecForge, SGLang and vLLM load; speculators: vLLM's own form."""
 
 
 def export_run(arguments: Arguments) -> Path:
@@ -284,6 +295,7 @@ def export_run(arguments: Arguments) -> Path:
         json.loads(file.read_text()),
         arguments.output,
         dtype=arguments.dtype,
+        form=arguments.format,
         capture=meta["capture"],
         provenance={"run": meta["config"]["name"], "step": meta["step"], "target": target},
         card={"recipe": meta["config"], "summary": _summary_of(run_dir, meta["step"])},

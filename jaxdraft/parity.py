@@ -20,14 +20,15 @@ import numpy as np
 from jaxtyping import Float, Int
 from safetensors.numpy import load_file, save_file
 
+from jaxdraft.bridges import Bridge
 from jaxdraft.export import digest
-from jaxdraft.features import Bridge, Slot
+from jaxdraft.features import Slot
 from jaxdraft.model.dflash import DraftConfig, bind, block_input_embeddings
 from jaxdraft.model.tensors import to_tensors
 from jaxdraft.objective import Frozen, Params
 
 TOLERANCE = 1e-4  # of hidden states and logits, relative to the largest one: float32 in another order of summation
-SYSTEMS = ("torch", "z-lab", "specforge", "sglang")
+SYSTEMS = {"dflash": ("torch", "z-lab", "specforge", "sglang"), "speculators": ("speculators",)}  # by form of the draft
 FIELDS = (
     "block_size",
     "target_layer_ids",
@@ -166,7 +167,7 @@ def compare_systems(
     draft: DraftConfig,
     frozen: Frozen,
     conversations: Sequence[Conversation],
-    systems: Sequence[str] = SYSTEMS,
+    systems: Sequence[str] = SYSTEMS["dflash"],
 ) -> list[Verdict]:
     """A verdict for the JAX draft itself, and one for each system that loads `directory`.
 

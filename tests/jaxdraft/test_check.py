@@ -18,11 +18,11 @@ from runs import write_config, write_data
 from safetensors.numpy import save_file
 
 from jaxdraft import check, export
+from jaxdraft.bridges import open_bridge
 from jaxdraft.check import check_directory, check_draft, check_first, choose_conversations, print_verdicts
 from jaxdraft.cli import load_config
 from jaxdraft.convert import load_draft
 from jaxdraft.export import digest, export_draft
-from jaxdraft.features import open_bridge
 from jaxdraft.model.dflash import init_params
 from jaxdraft.model.tensors import from_tensors, to_tensors
 from jaxdraft.objective import Frozen
@@ -79,7 +79,8 @@ def edit(directory, **fields):
     """Change config.json; dflash_config's fields in there."""
     config = json.loads((directory / "config.json").read_text())
     for name, value in fields.items():
-        (config["dflash_config"] if name in config["dflash_config"] else config)[name] = value
+        nested = config.get("dflash_config", {})
+        (nested if name in nested else config)[name] = value
     (directory / "config.json").write_text(json.dumps(config))
 
 
@@ -100,6 +101,20 @@ def test_every_system_agrees(config, draft):
         assert verdict.error < 1e-5
         assert verdict.same_blocks + verdict.near_ties == verdict.blocks == 18  # text, one picture, several
         assert verdict.accept_len == verdicts["jax"].accept_len
+
+
+def test_the_other_form_in_its_own_class(config, draft, tmp_path):
+    tensors, shape = load_draft(draft)
+    target = open_target(config.target)
+    directory = export_draft(tensors, shape, target.config, tmp_path / "draft", form="speculators")
+    verdicts = {v.system: v for v in check_draft(directory, config)}
+    assert list(verdicts) == ["files", "jax", "speculators"]
+    assert (verdicts["speculators"].status, verdicts["speculators"].difference) == ("same", "")
+    assert verdicts["speculators"].error < 1e-5
+    assert verdicts["speculators"].accept_len == verdicts["jax"].accept_len
+    edit(directory, aux_hidden_state_layer_ids=list(shape.target_layer_ids))  # as if it counted as we do
+    verdicts = {v.system: v for v in check_draft(directory, config)}
+    assert verdicts["speculators"].difference.startswith("target_layer_ids is")
 
 
 def faults():
