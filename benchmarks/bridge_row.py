@@ -119,7 +119,8 @@ class Run:
         import jax
         import numpy as np
 
-        from jaxdraft.features import FeatureStream, memory_use
+        from jaxdraft.bridges import memory_use
+        from jaxdraft.features import FeatureStream
         from jaxdraft.frozen import FrozenWeights
         from jaxdraft.run import make_plan
 
@@ -283,7 +284,7 @@ def main(root: Path, size: str, python: str, phases: list[str], anchors: int | N
     import jax
 
     from feature_bridge.client import connect
-    from jaxdraft.features import make_bridge_spec
+    from jaxdraft.bridges import make_bridge_spec
     from jaxdraft.sharding import make_mesh
     from jaxdraft.target import make_draft_config, open_target
 

@@ -86,6 +86,7 @@ class Client:
         self._ended = False
         self._fills: deque[int] = deque()  # request ids of fills that `next_filled` has not answered yet
         self._answers: dict[int, Filled | Decoded | Checked | Failure] = {}  # that came before they were asked for
+        self.num_ranks = 1  # see `team.Team`
         self.num_slots = spec.num_slots
         self.transport = spec.transport
         self.ready = self._start_message(Ready, deadline)
@@ -134,8 +135,9 @@ class Client:
         self._wait_for(self._fills[0], self._request_timeout_s if timeout is None else timeout)
         return self._take(self._fills.popleft())
 
-    def slot(self, filled: Filled, device_id: int | None = None) -> dict[str, Producer]:
+    def slot(self, filled: Filled, device_id: int | None = None, rank: int = 0) -> dict[str, Producer]:
         """The slot's arrays by field name, on JAX's local device `device_id`; to be read until `release`."""
+        assert rank == 0
         return self._memory.arrays(filled.slot, device_id)
 
     def release(self, slot: int, generation: int) -> None:
@@ -155,31 +157,16 @@ class Client:
         self._weights.close()
 
     def decode(
-        self,
-        draft_path: str,
-        samples: Sequence[int],
-        max_new_tokens: int,
-        timeout: float = math.inf,
-        *,
-        temperature: float = 0.0,
-        seed: int = 0,
+        self, draft_path: str, samples: Sequence[int], max_new_tokens: int, timeout: float = math.inf, **sampling: Any
     ) -> Decoded:
         """Decodes held-out conversations with an exported draft; its turn comes after the fills asked for before.
+
+        `sampling`: the temperature (0: greedily) and the seed.
 
         Raises:
           BridgeError: as `next_filled`.
         """
-        request = Decode(
-            request_id=self._new_id(),
-            draft_path=draft_path,
-            samples=tuple(samples),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-        )
-        self._link.send(request)
-        self._wait_for(request.request_id, timeout)
-        return self._take(request.request_id)
+        return self.answer(self.ask_decode(draft_path, samples, max_new_tokens, **sampling), timeout)
 
     def check(
         self,
@@ -190,6 +177,31 @@ class Client:
         timeout: float = math.inf,
     ) -> Checked:
         """Runs the blocks of a file through the systems that load a draft; queued and failing as `decode` does."""
+        return self.answer(self.ask_check(draft_path, inputs_path, systems, embedding_dtype), timeout)
+
+    def ask_decode(
+        self,
+        draft_path: str,
+        samples: Sequence[int],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> int:
+        """The request of `decode`, for `answer`."""
+        request = Decode(
+            request_id=self._new_id(),
+            draft_path=draft_path,
+            samples=tuple(samples),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+        self._link.send(request)
+        return request.request_id
+
+    def ask_check(self, draft_path: str, inputs_path: str, systems: Sequence[str], embedding_dtype: Dtype) -> int:
+        """The request of `check`, for `answer`."""
         request = Check(
             request_id=self._new_id(),
             draft_path=draft_path,
@@ -198,8 +210,12 @@ class Client:
             embedding_dtype=embedding_dtype,
         )
         self._link.send(request)
-        self._wait_for(request.request_id, timeout)
-        return self._take(request.request_id)
+        return request.request_id
+
+    def answer(self, request_id: int, timeout: float) -> Any:
+        """Waits for a request's answer; raises as `next_filled`."""
+        self._wait_for(request_id, timeout)
+        return self._take(request_id)
 
     def close(self, grace_s: float = 5.0) -> None:
         """Ends the bridge: in good order within `grace_s` seconds, else by force. A second call does nothing.
@@ -216,12 +232,17 @@ class Client:
         """Ends the process as `close` does and keeps the memory: slots may be read until `close`."""
         if self._ended:
             return
+        self.ask_to_end()
         self._ended = True
-        with contextlib.suppress(OSError):
-            self._link.connection.send(Shutdown())
         self._link.process.wait_for_exit(grace_s)
         self._link.process.kill()
         self._link.connection.close()
+
+    def ask_to_end(self) -> None:
+        """The first half of `end`."""
+        if not self._ended:
+            with contextlib.suppress(OSError):
+                self._link.connection.send(Shutdown())
 
     def __enter__(self) -> Client:
         return self

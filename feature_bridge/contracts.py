@@ -54,6 +54,15 @@ class DataSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rank:
+    """A bridge's place among those that hold one target together (tensor parallel), a process and a ring each."""
+
+    index: int = 0
+    count: int = 1
+    port: int | None = None  # of this host, where they meet
+
+
+@dataclass(frozen=True, kw_only=True)
 class BridgeSpec:
     """Everything a bridge needs to start."""
 
@@ -68,6 +77,19 @@ class BridgeSpec:
     memory_fraction: float | None = None  # of its GPU's memory that the bridge may take; None: what is free
     slot_gpu: int = 0  # the GPU with the slots, of those the bridge sees; its target is on the first
     feature_slice: tuple[int, int] = (0, 1)  # (i, n): of each row it writes the i-th of n parts of the features
+    row_slice: tuple[int, int] = (0, 1)  # (i, n): of a request's rows it writes the i-th of n parts
+    rank: Rank = Rank()
+
+    @property
+    def rows_per_request(self) -> int:
+        """Rows that the target runs for one request: those of this bridge's slot and of the other ranks'."""
+        return self.rows_per_slot * self.row_slice[1]
+
+    @property
+    def own_rows(self) -> range:
+        """Places in a request of the rows that this bridge's slot holds."""
+        first = self.row_slice[0] * self.rows_per_slot
+        return range(first, first + self.rows_per_slot)
 
     def slot_layout(self, feature_width: int) -> SlotLayout:
         part = self.row_tokens // self.feature_slice[1]
@@ -149,7 +171,7 @@ class Fill:
 
     request_id: int
     split: Split
-    rows: tuple[Row, ...]  # exactly rows_per_slot; a row without samples is padding
+    rows: tuple[Row, ...]  # exactly rows_per_request; a row without samples is padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +320,11 @@ class Filled:
     generation: int
     rows: tuple[FilledRow, ...]
     seconds: float  # what filling took
+
+    @property
+    def parts(self) -> tuple[Filled, ...]:
+        """What each rank filled."""
+        return (self,)
 
 
 @dataclass(frozen=True, kw_only=True)

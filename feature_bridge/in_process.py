@@ -19,6 +19,7 @@ class InProcessClient:
 
     def __init__(self, spec: BridgeSpec, worker: Worker):
         self.ready = worker.ready
+        self.num_ranks = 1
         self.num_slots = spec.num_slots
         self.transport = spec.transport
         self._spec = spec
@@ -47,11 +48,11 @@ class InProcessClient:
         request = self._fills.popleft()
         lease = self._ring.acquire(timeout=0)  # one thread: to wait for a release would be to wait for ever
         try:
-            return fill_slot(self._worker, self._ring, lease, self._memory, request, self._spec.rows_per_slot)
+            return fill_slot(self._worker, self._ring, lease, self._memory, request, self._spec.rows_per_request)
         except Exception as error:
             raise BridgeError(describe(error), kind="failed") from error
 
-    def slot(self, filled: Filled, device_id: int | None = None) -> dict[str, Producer]:
+    def slot(self, filled: Filled, device_id: int | None = None, rank: int = 0) -> dict[str, Producer]:
         return self._memory.arrays(filled.slot, device_id)
 
     def weights(self, device_id: int | None = None) -> dict[str, Producer]:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from feature_bridge.client import BridgeError, Client
 from feature_bridge.contracts import Checked, Decoded, Dtype, Filled, Ready, Row
 from feature_bridge.memory import Producer
+from feature_bridge.team import Team
 
 Answer = TypeVar("Answer")
 _LIFE = 1 << 32  # a generation is the slot's own plus this many for every life of the bridge before
@@ -23,10 +24,10 @@ _LIFE = 1 << 32  # a generation is the slot's own plus this many for every life 
 class RestartingClient:
     """A running bridge that survives `restarts` deaths."""
 
-    def __init__(self, start: Callable[[], Client], restarts: int, say: Callable[[str], Any]):
+    def __init__(self, start: Callable[[], Client | Team], restarts: int, say: Callable[[str], Any]):
         """
         Args:
-          start: starts a bridge, as `client.connect`; called at once, and for every restart.
+          start: starts a bridge, as `client.connect` or `team.connect_team`; called at once, and for every restart.
           restarts: how often at most.
           say: is given a sentence at every restart, and waits for whatever reads the dead bridge's memory.
         """
@@ -34,9 +35,10 @@ class RestartingClient:
         self._life = 0
         self._client = start()
         self._pending: deque[tuple[str, Sequence[Row]]] = deque()  # asked for and not answered
-        self._borrowed: dict[tuple[int, int], Client] = {}  # (slot, generation) -> whose memory it is
+        self._borrowed: dict[tuple[int, int], Client | Team] = {}  # (slot, generation) -> whose memory it is
         self.ready = self._client.ready
         self.num_slots = self._client.num_slots
+        self.num_ranks = self._client.num_ranks
         self.transport = self._client.transport
         self.ring_bytes = self._client.ring_bytes
 
@@ -77,9 +79,9 @@ class RestartingClient:
             self._borrowed[filled.slot, filled.generation] = self._client
             return filled
 
-    def slot(self, filled: Filled, device_id: int | None = None) -> dict[str, Producer]:
-        """See `Client.slot`."""
-        return self._borrowed[filled.slot, filled.generation].slot(filled, device_id)
+    def slot(self, filled: Filled, device_id: int | None = None, rank: int = 0) -> dict[str, Producer]:
+        """See `Client.slot` and `Team.slot`."""
+        return self._borrowed[filled.slot, filled.generation].slot(filled, device_id, rank)
 
     def weights(self, device_id: int | None = None) -> dict[str, Producer]:
         """See `Client.weights`. After a restart they have to be asked for again: the old ones are unmapped."""
@@ -124,7 +126,7 @@ class RestartingClient:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _again(self, ask: Callable[[Client], Answer]) -> Answer:
+    def _again(self, ask: Callable[[Client | Team], Answer]) -> Answer:
         """The answer of a living bridge. Raises for a bridge's death only when its restarts are used up."""
         while True:
             try:

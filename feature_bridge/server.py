@@ -77,13 +77,13 @@ def load_worker(path: str) -> Any:
 
 
 def fill_slot(
-    worker: Worker, ring: Ring, lease: Lease, memory: SlotMemory, request: Fill, rows_per_slot: int
+    worker: Worker, ring: Ring, lease: Lease, memory: SlotMemory, request: Fill, rows_per_request: int
 ) -> Filled:
     """Fills the acquired slot and publishes it; where the worker raises, the slot is free again."""
     start = time.monotonic()
     try:
-        if len(request.rows) != rows_per_slot:
-            raise ValueError(f"a request has {len(request.rows)} rows where a slot has {rows_per_slot}")
+        if len(request.rows) != rows_per_request:
+            raise ValueError(f"a request has {len(request.rows)} rows where it should have {rows_per_request}")
         rows = worker.fill(request.split, request.rows, memory.arrays(lease.slot))
     except BaseException:
         ring.cancel(lease)
@@ -130,7 +130,7 @@ def serve(connection: wire.Connection, spec: BridgeSpec, worker_path: str) -> No
             return
         try:
             if isinstance(request, Fill):
-                answer = fill_slot(worker, ring, ring.acquire(), memory, request, spec.rows_per_slot)
+                answer = fill_slot(worker, ring, ring.acquire(), memory, request, spec.rows_per_request)
             elif isinstance(request, Decode):
                 answer = worker.decode(request)
             else:
@@ -138,6 +138,8 @@ def serve(connection: wire.Connection, spec: BridgeSpec, worker_path: str) -> No
         except RingClosed:
             return
         except Exception as error:
+            if spec.rank.count > 1:  # the other ranks wait for this one in the middle of the request
+                raise
             traceback.print_exc()
             answer = Failure(request_id=request.request_id, message=describe(error))
         connection.send(answer)

@@ -86,6 +86,8 @@ class Worker:
         width = self.target.info.hidden_size * len(spec.target.layer_ids)
         self._layout = spec.slot_layout(width)
         threads = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+        # Among the ranks of one target; its own collectives are the target's.
+        self._ranks = torch.distributed.new_group(backend="gloo") if spec.rank.count > 1 else None
         self._background = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
         self._ahead: dict[tuple[Split, int], Future[Prepared]] = {}
         self.ready = Ready(
@@ -103,17 +105,20 @@ class Worker:
         Raises:
           ValueError: a row does not fit, or the target gave features that cannot be true.
         """
-        assert len(rows) == self._layout.rows
+        assert len(rows) == self._spec.rows_per_request
         fields = {name: torch.from_dlpack(producer) for name, producer in slot.items()}  # the slot's own memory
         self.prepare(split, rows)
         # A sample that is there twice is prepared twice.
         prepared = [[self._ahead.pop((split, i), None) or self._submit(split, i) for i in row.samples] for row in rows]
-        filled = []
+        filled, own = [], self._spec.own_rows
         for r, (row, futures) in enumerate(zip(rows, prepared, strict=True)):
-            samples = [future.result() for future in futures]
-            out = {name: tensor[r] for name, tensor in fields.items()}
+            samples = self._agreed([future.result() for future in futures])
             try:
-                filled.append(self._fill_row(row, samples, out))
+                if r in own:
+                    out = {name: tensor[r - own.start] for name, tensor in fields.items()}
+                    filled.append(self._fill_row(row, samples, out))
+                else:  # another rank's row: only this rank's part of the target's work
+                    extend(self.target, [sample for sample in samples if sample.request is not None])
             except torch.OutOfMemoryError as error:
                 raise ValueError(
                     f"the target ran out of GPU memory in row {row.row_id}; lower trainer.memory_fraction, "
@@ -123,6 +128,19 @@ class Worker:
             for gpu in {torch.cuda.current_device(), self._spec.slot_gpu}:
                 torch.cuda.current_stream(gpu).synchronize()  # the slot's bytes are complete: see `memory`
         return tuple(filled)
+
+    def _agreed(self, samples: Sequence[Prepared]) -> Sequence[Prepared]:
+        """The samples, without those that another rank could not read: all of them run the same requests."""
+        if self._ranks is None or not samples:
+            return samples
+        fine = torch.tensor([sample.request is not None for sample in samples], dtype=torch.int32)
+        torch.distributed.all_reduce(fine, torch.distributed.ReduceOp.MIN, group=self._ranks)
+        return [
+            sample
+            if ok or sample.request is None
+            else replace(sample, request=None, skip=Skip(where=sample.where, reason="another rank could not read it"))
+            for sample, ok in zip(samples, fine.tolist(), strict=True)
+        ]
 
     def prepare(self, split: Split, rows: Sequence[Row]) -> None:
         """Starts to read and resize the pictures of rows that `fill` will be asked for, in background threads."""
@@ -158,7 +176,7 @@ class Worker:
         """What every system that loads a draft computes with it. See `feature_bridge.check`."""
         from feature_bridge.check import check
 
-        return check(self.target, request)
+        return check(self.target, request, rank=self._spec.rank.index)
 
     def _target_budget(self) -> int | None:
         """Bytes of the GPU that the target may take; None on a CPU."""
@@ -173,7 +191,7 @@ class Worker:
             fraction=spec.memory_fraction,
             total=total,
             free=free,
-            weights=weight_bytes(directory),
+            weights=weight_bytes(directory) // spec.rank.count,
             ring=spec.num_slots * layout.slot_bytes if spec.transport == "cuda_ipc" and spec.slot_gpu == 0 else 0,
         )
 
@@ -182,7 +200,7 @@ class Worker:
             return None
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
-        weights = weight_bytes(Path(self._spec.target.path))
+        weights = weight_bytes(Path(self._spec.target.path)) // self._spec.rank.count
         reserved, uuid = torch.cuda.memory_reserved(), Gpu(torch.cuda.current_device()).uuid
         return GpuMemory(uuid=uuid, total=total, free=free, weights=weights, reserved=reserved)
 

@@ -151,6 +151,8 @@ class BridgeConfig:
     """Seconds that a bridge may take to start: the index and the target."""
     request_timeout_s: float = 300.0
     """Seconds that filling one slot may take; a bridge that takes longer counts as hung."""
+    tensor_parallel: int = 1
+    """Devices that hold one target together, neighbours on one host; each still fills only its own rows."""
     devices: tuple[int, ...] | None = None
     """GPUs that run the target, as nvidia-smi numbers them, for the trainer's devices in turn; None: the same GPUs."""
     restarts: int = 0
@@ -163,6 +165,12 @@ class BridgeConfig:
             raise ValueError(
                 f"bridge.devices={self.devices} with bridge.transport={self.transport!r} is not possible: name "
                 "at least one GPU and use 'cuda_ipc', or leave it out"
+            )
+        _require(self.tensor_parallel >= 1, "bridge.tensor_parallel", self.tensor_parallel, "give at least 1")
+        if self.tensor_parallel > 1 and self.transport == "in_process":
+            raise ValueError(
+                f"bridge.tensor_parallel={self.tensor_parallel} needs a process for each device; "
+                "use bridge.transport='shared_memory' or 'cuda_ipc'"
             )
         _require(self.restarts >= 0, "bridge.restarts", self.restarts, "give 0 or more")
         _require_fraction("bridge.memory_fraction", self.memory_fraction)

@@ -26,13 +26,14 @@ from jaxtyping import Bool, Int
 from rich.console import Console
 from rich.table import Table
 
+from jaxdraft.bridges import Bridge, BridgeError
 from jaxdraft.cli import parse_args, run_command
 from jaxdraft.config import Config
 from jaxdraft.convert import load_draft
 from jaxdraft.distributed import from_host, to_host
 from jaxdraft.eval_result import Answer, DecodeResult, EvalResult, finite, summarise
 from jaxdraft.export import check_target
-from jaxdraft.features import Bridge, BridgeError, FeatureStream, Slot
+from jaxdraft.features import FeatureStream, Slot
 from jaxdraft.held_out import HeldOut, open_held_out
 from jaxdraft.losses import LossSums
 from jaxdraft.model.tensors import from_tensors

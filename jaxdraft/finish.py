@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from jaxdraft.bridges import Bridge
 from jaxdraft.checkpoint import Checkpoints, as_json
 from jaxdraft.config import Config
 from jaxdraft.distributed import is_first
 from jaxdraft.eval_result import EvalResult, summarise
 from jaxdraft.evaluate import choose_samples, decode_with
 from jaxdraft.export import export_draft, write_card
-from jaxdraft.features import Bridge
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import to_tensors
 from jaxdraft.report import print_summary

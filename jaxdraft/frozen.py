@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxdraft import distributed
+from jaxdraft.bridges import Bridge, mapped_weights
 from jaxdraft.config import Config
-from jaxdraft.features import Bridge, mapped_weights
 from jaxdraft.gpu_memory import num_bytes
 from jaxdraft.objective import Frozen
 from jaxdraft.sharding import frozen_sharding

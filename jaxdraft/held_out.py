@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from jaxdraft.bridges import Bridge, open_bridge
 from jaxdraft.config import Config
-from jaxdraft.features import Bridge, open_bridge
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.objective import Frozen
 from jaxdraft.target import TargetModel, load_frozen

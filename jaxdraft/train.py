@@ -15,6 +15,7 @@ import functools
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxdraft import distributed, report, runtime
+from jaxdraft.bridges import BridgeError, memory_use, open_bridges
 from jaxdraft.check import check_first
 from jaxdraft.checkpoint import Checkpoints, abstract_like, check_resume
 from jaxdraft.cli import parse_args, run_command
@@ -30,7 +32,7 @@ from jaxdraft.convert import load_draft
 from jaxdraft.eval_result import EvalResult, finite
 from jaxdraft.evaluate import as_served, evaluate_batches
 from jaxdraft.export import check_target
-from jaxdraft.features import BridgeError, FeatureStream, memory_use, open_bridge, seats
+from jaxdraft.features import FeatureStream
 from jaxdraft.finish import finish
 from jaxdraft.frozen import FrozenWeights
 from jaxdraft.gpu_memory import check_trainer_fits, claim_gpu_memory, limit_gpu_memory, print_memory
@@ -70,20 +72,14 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     check_mesh(mesh, draft, config.data.row_tokens)
     run_dir = open_run_dir(config)
+    claim_gpu_memory(mesh.local_devices)
 
     with (
         StopSignal() as stop,
         Checkpoints(run_dir, keep=config.keep_checkpoints) as checkpoints,
-        contextlib.ExitStack() as stack,
+        # A bridge process for each of this host's devices, its ring of slots in that device's memory.
+        open_bridges(config, draft.target_layer_ids, mesh, bridge_logs(run_dir)) as bridges,
     ):
-        claim_gpu_memory(mesh.local_devices)
-        # One bridge for each of this host's devices, its ring of slots in that device's memory.
-        bridges = [
-            stack.enter_context(
-                open_bridge(config, draft.target_layer_ids, log_path=run_dir / bridge_log(i), seat=seat)
-            )
-            for i, seat in enumerate(seats(mesh))
-        ]
         bridge = bridges[0]
         report.print_start(console, config, draft, bridge.ready)
 
@@ -184,9 +180,10 @@ def to_save(state: TrainState) -> TrainState:
     return dataclasses.replace(state, accumulator=None)
 
 
-def bridge_log(i: int) -> str:
+def bridge_logs(run_dir: Path) -> list[Path]:
+    """A log for each bridge that this process may have."""
     process = "" if distributed.is_first() else f".{jax.process_index()}"
-    return f"bridge{i or ''}{process}.log"
+    return [run_dir / f"bridge{i or ''}{process}.log" for i in range(jax.local_device_count())]
 
 
 def column_lengths(table: Any | None) -> np.ndarray:

@@ -53,9 +53,16 @@ def load_target(spec: BridgeSpec, *, memory_budget: int | None = None) -> Target
             )
         from feature_bridge.targets.sglang import SGLangTarget
 
-        target: Any = SGLangTarget(spec.target, directory, max_tokens=max_tokens, memory_budget=memory_budget)
+        target: Any = SGLangTarget(
+            spec.target, directory, max_tokens=max_tokens, memory_budget=memory_budget, rank=spec.rank
+        )
         declared = target.info.capture if target.capture_is_known else None
     else:
+        if spec.rank.count > 1:
+            raise ValueError(
+                f"bridge.tensor_parallel={spec.rank.count} needs SGLang and the target runs in transformers; "
+                "set target.backend='sglang', or bridge.tensor_parallel=1"
+            )
         from feature_bridge.targets.huggingface import HuggingFaceTarget
 
         target = HuggingFaceTarget(spec.target, directory, max_tokens=max_tokens)

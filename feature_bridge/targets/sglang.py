@@ -20,11 +20,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from feature_bridge.contracts import TargetInfo, TargetSpec
+from feature_bridge.contracts import Rank, TargetInfo, TargetSpec
 from feature_bridge.targets import sglang_versions as versions
 from feature_bridge.targets.base import Extended, Grid, Request, check_request, has_deepstack, join, text_config
 
 MAX_REQUESTS = 32  # of one extend; a row of more samples takes several. State memory of linear attention grows with it
+_ALONE = Rank()
 EMBEDDING_CACHE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 
@@ -33,15 +34,24 @@ class SGLangTarget:
 
     state_of = staticmethod(versions.layer_state)
 
-    def __init__(self, spec: TargetSpec, directory: Path, *, max_tokens: int, memory_budget: int | None = None):
+    def __init__(
+        self,
+        spec: TargetSpec,
+        directory: Path,
+        *,
+        max_tokens: int,
+        memory_budget: int | None = None,
+        rank: Rank = _ALONE,
+    ):
         """Load the model. `max_tokens` is what one extend may hold: it sizes the key-value pool.
 
         `memory_budget`: bytes of the GPU it may take altogether; None: half of what is free.
+        `rank`: of those that hold the model together; all of them must call the same methods in the same order.
 
         Raises ValueError for ServerArgs that SGLang does not know and for models whose layers it cannot capture.
         """
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        versions.set_environment(device)
+        versions.set_environment(device, rank.count)
         stand_ins: tuple[str, ...] = ()
         if device == "cpu":
             from feature_bridge import cpu_stand_ins
@@ -52,15 +62,16 @@ class SGLangTarget:
         release = versions.release_of(version)
 
         with versions.quiet_start():
-            wanted = _server_args(spec, directory, device, max_tokens) | _memory_args(memory_budget)
+            wanted = _server_args(spec, directory, device, max_tokens, rank) | _memory_args(memory_budget)
             args = versions.server_args(wanted, spec.sglang_args)
             if stand_ins:
                 cpu_stand_ins.use_in_sglang()
-            self._runner = versions.start_runner(args)
+            self._runner = versions.start_runner(args, rank.index)
         versions.start_embedding_cache(EMBEDDING_CACHE_BYTES[device])
         self._tree_cache = versions.AllocationWithoutReuse(self._runner)
         self._model = self._runner.model.eval()
         self.config = self._runner.model_config.hf_config
+        self._num_ranks = rank.count
         self.layer_ids = spec.layer_ids
         self.max_tokens = min(max_tokens, self._runner.model_config.context_len)
         text = text_config(self.config)
@@ -103,16 +114,21 @@ class SGLangTarget:
 
     def frozen(self) -> dict[str, Float[Tensor, "V H"]]:
         """See `base.Target.frozen`. SGLang pads the vocabulary."""
+        if self._num_ranks > 1:
+            raise ValueError(f"the target is split over {self._num_ranks} ranks")
         embedding, head = self._model.get_embed_and_head()
         return {"embedding": embedding[: self.info.vocab_size], "head": head[: self.info.vocab_size]}
 
+    @torch.no_grad()
     def logits(self, hidden: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
-        head = self.frozen()["head"]
-        return nn.functional.linear(hidden.to(head.dtype), head)
+        _, head = self._model.get_embed_and_head()  # this rank's part
+        return versions.gather_columns(nn.functional.linear(hidden.to(head.dtype), head))[:, : self.info.vocab_size]
 
+    @torch.no_grad()
     def embed(self, tokens: Sequence[int]) -> Float[Tensor, "n H"]:
-        embedding = self.frozen()["embedding"]
-        return embedding[torch.tensor(tokens, device=embedding.device)]
+        embedding, _ = self._model.get_embed_and_head()
+        module = next(module for module in self._model.modules() if getattr(module, "weight", None) is embedding)
+        return module(torch.tensor(tokens, device=embedding.device))
 
     def load_draft(self, directory: Path) -> Any:
         """A draft's directory in SGLang's own draft class: see `sglang_draft`."""
@@ -258,7 +274,7 @@ def _memory_args(budget: int | None) -> dict[str, Any]:
     return {"mem_fraction_static": min(0.9, round(0.9 * budget / torch.cuda.mem_get_info()[0], 4))}
 
 
-def _server_args(spec: TargetSpec, directory: Path, device: str, max_tokens: int) -> dict[str, Any]:
+def _server_args(spec: TargetSpec, directory: Path, device: str, max_tokens: int, rank: Rank) -> dict[str, Any]:
     """Prefill only: no decoding, no graphs, no reuse of prefixes, pools for one extend."""
     common = {
         "model_path": str(directory),
@@ -273,7 +289,9 @@ def _server_args(spec: TargetSpec, directory: Path, device: str, max_tokens: int
         "max_total_tokens": max_tokens,
         "max_running_requests": MAX_REQUESTS,
         "mem_fraction_static": 0.5,
-        "tp_size": 1,
+        "tp_size": rank.count,
+        "nccl_port": rank.port,
+        "disable_custom_all_reduce": True,
         "sampling_backend": "pytorch",
         "grammar_backend": "none",
     }
@@ -282,5 +300,4 @@ def _server_args(spec: TargetSpec, directory: Path, device: str, max_tokens: int
     return common | {
         "attention_backend": "triton",
         "mm_attention_backend": "triton_attn",
-        "disable_custom_all_reduce": True,
     }

@@ -69,9 +69,12 @@ def release_of(version: str) -> Release:
     return Release(deepstack_capture=None)
 
 
-def set_environment(device: str) -> None:
+def set_environment(device: str, num_ranks: int = 1) -> None:
     """Environment variables that SGLang and torch read when they are imported. What the user has set stays."""
     if device == "cpu":
+        if num_ranks > 1:  # SGLang would give each rank a NUMA node of its own
+            cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+            os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join([cores] * num_ranks))
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     # A picture must be hashed by its content, or two of them could share an embedding.
@@ -187,6 +190,13 @@ def _parallel_state(rank: int, size: int) -> Any:
     names = [field.name for field in dataclasses.fields(ParallelState)]
     ours = {f"{group}_{what}": n for group in ("tp", "attn_tp") for what, n in (("rank", rank), ("size", size))}
     return ParallelState(**{name: 0 if name.endswith("rank") or name == "gpu_id" else 1 for name in names} | ours)
+
+
+def gather_columns(x: Tensor) -> Tensor:
+    """The columns of all tensor-parallel ranks, side by side; on one rank, `x`."""
+    from sglang.srt.distributed import tensor_model_parallel_all_gather
+
+    return tensor_model_parallel_all_gather(x)
 
 
 def start_embedding_cache(num_bytes: int) -> None:

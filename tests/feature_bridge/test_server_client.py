@@ -125,7 +125,7 @@ def test_a_failed_request_leaves_the_others_fine(client):
         client.next_filled()
     assert caught.value.kind == "failed"
     assert not caught.value.retryable
-    with pytest.raises(BridgeError, match="1 rows where a slot has 2"):
+    with pytest.raises(BridgeError, match="1 rows where it should have 2"):
         client.next_filled()
     filled = client.next_filled()  # both failed fills gave their slot back
     assert filled.request_id == last

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
+from jaxdraft.bridges import open_bridge
 from jaxdraft.check import check_directory
 from jaxdraft.cli import load_config
 from jaxdraft.convert import load_draft
-from jaxdraft.features import FeatureStream, open_bridge
+from jaxdraft.features import FeatureStream
 from jaxdraft.objective import Frozen
 from jaxdraft.parity import compare_systems, conversations_of
 from jaxdraft.run import Request

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,8 @@ import jax
 import numpy as np
 import pytest
 import runs
+from processes import finish
+from processes import start as start_processes
 
 from jaxdraft.checkpoint import load_params
 from jaxdraft.config import DistributedConfig
@@ -35,45 +35,10 @@ def config(tmp_path_factory):
     return runs.write_config(directory, body)
 
 
-def start(config: Path, out: Path, devices: int, *args: str, processes: int = 1, only: int | None = None):
+def start(config: Path, out: Path, devices: int, *args: str, processes: int = 1, only: int | None = None, **env: str):
     """The processes of a run, `devices` virtual ones in each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for index in range(processes) if only is None else [only]:
-        env = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_PLATFORMS": "cpu",
-            "OMP_NUM_THREADS": "1",
-        }
-        if processes > 1:
-            env |= {
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                "JAX_NUM_PROCESSES": str(processes),
-                "JAX_PROCESS_ID": str(index),
-            }
-        command = [
-            sys.executable,
-            "-P",
-            str(TESTS / "fake_training.py"),
-            "--config",
-            str(config),
-            "--output-dir",
-            str(out),
-        ]
-        started.append(
-            subprocess.Popen([*command, *args], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    return started
-
-
-def finish(processes, timeout: float = 240) -> list[tuple[int, str]]:
-    ended = []
-    for process in processes:
-        output, _ = process.communicate(timeout=timeout)
-        ended.append((process.returncode, output))
-    return ended
+    script = ["-P", TESTS / "fake_training.py", "--config", config, "--output-dir", out, *args]
+    return start_processes(script, devices=devices, processes=processes, only=only, **env)
 
 
 def mesh(data: int, fsdp: int, tensor: int, rows: int) -> list[str]:
@@ -139,6 +104,23 @@ def test_two_processes_equal_one(config, single, tmp_path):
         np.testing.assert_allclose(ours[name], theirs[name], atol=2e-4, err_msg=name)
     assert (run_dir / "summary.json").is_file()
     assert (run_dir / "export" / "model.safetensors").is_file()
+
+
+def test_a_host_that_dies_while_saving_leaves_the_checkpoint_before(config, single, tmp_path):
+    """The second process has written its part of step 4 and dies before the save is complete."""
+    args = [*mesh(2, 2, 2, 2), "--distributed.timeout-s", "5"]
+    ended = finish(start(config, tmp_path, 4, *args, processes=2, DIE_WHILE_SAVING="1:4"))
+    assert [code for code, _ in ended] == [2, -signal.SIGKILL], "\n".join(output[-2000:] for _, output in ended)
+    assert "process 1 " in ended[0][1]
+    checkpoints = tmp_path / "small" / "checkpoints"
+    assert list(checkpoints.glob("4.*")), "the save of step 4 was under way"
+    assert not (checkpoints / "4").exists()
+
+    ((code, output),) = finish(start(config, tmp_path, 4, *mesh(-1, 4, 1, 2)))
+    assert code == 0, output[-3000:]
+    assert "resuming from step 3" in output
+    assert_same_losses(tmp_path / "small", single)
+    assert not list(checkpoints.glob("4.*"))
 
 
 def test_a_host_that_does_not_come_is_named(config, tmp_path):

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from fake_worker import CRASH, FakeWorker, field_values, make_spec
 
-import jaxdraft.features
+import jaxdraft.bridges
 from feature_bridge.client import connect
 from feature_bridge.contracts import Row, SlotLayout
 from feature_bridge.in_process import InProcessClient
+from jaxdraft.bridges import BridgeError, make_bridge_spec, open_bridge, seats
 from jaxdraft.config import BridgeConfig, Config, DataConfig, DraftOptions, TargetConfig
-from jaxdraft.features import BridgeError, FeatureStream, make_bridge_spec, open_bridge, seats
+from jaxdraft.features import FeatureStream
 from jaxdraft.objective import batch_shardings
 from jaxdraft.run import Request
 from jaxdraft.sharding import make_mesh
@@ -173,7 +174,7 @@ def test_a_process_asks_for_the_rows_of_its_own_devices_only():
     mesh = SimpleNamespace(devices=devices.reshape(2, 2, 2), shape={"data": 2, "fsdp": 2, "tensor": 2})
     assert seats(mesh) == [(own[0], 1, (0, 2)), (own[1], 1, (1, 2)), (own[2], 3, (0, 2)), (own[3], 3, (1, 2))]
     asked = []
-    bridge = SimpleNamespace(num_slots=2, fill=lambda split, rows: asked.append([row.row_id for row in rows]))
+    bridge = SimpleNamespace(num_ranks=1, num_slots=2, fill=lambda split, rows: asked.append([row.row_id for row in rows]))
     stream = FeatureStream([bridge] * 4, make_requests(1, rows=12), mesh)
     stream._ask()
     assert asked == [[3, 4, 5], [3, 4, 5], [9, 10, 11], [9, 10, 11]]
@@ -273,8 +274,8 @@ def test_the_spec_says_what_the_config_says():
 
 @pytest.mark.parametrize("transport", ["shared_memory", "in_process"])
 def test_open_bridge(monkeypatch, tmp_path, transport):
-    monkeypatch.setattr(jaxdraft.features, "connect", connect_fake)
-    monkeypatch.setattr(jaxdraft.features, "DEFAULT_WORKER", "fake_worker:FakeWorker")
+    monkeypatch.setattr(jaxdraft.bridges, "connect", connect_fake)
+    monkeypatch.setattr(jaxdraft.bridges, "DEFAULT_WORKER", "fake_worker:FakeWorker")
     config = dataclasses.replace(CONFIG, bridge=dataclasses.replace(CONFIG.bridge, transport=transport))
     requests = make_requests(2, rows=3)
     with open_bridge(config, (0, 2), log_path=tmp_path / "run" / "bridge.log") as bridge:

@@ -1,76 +1,89 @@
-"""Any split of a mesh computes the same numbers, with the collectives that are meant and no others."""
+"""Any split of a mesh, in one process or two, computes the same numbers, with the collectives that are meant and no
+others; a checkpoint of any of them is the same bits on any other."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
 
-import jax
 import numpy as np
+import processes
 import pytest
-from draft_helpers import SLIDING, packed_batch, random_frozen, random_params
+from mesh_steps import (
+    ACROSS,
+    ANCHORS,
+    CONFIG,
+    ROW_TOKENS,
+    ROWS,
+    prepare,
+    restore,
+    run,
+    save,
+)
 
-from jaxdraft.losses import LossConfig
-from jaxdraft.objective import batch_shardings
-from jaxdraft.optim import OptimConfig
-from jaxdraft.sharding import MESH_AXES, frozen_sharding, make_mesh
-from jaxdraft.train_step import StepConfig, init_state, make_train_step, state_shardings
+from jaxdraft.sharding import MESH_AXES
 
-# Sizes that no two arrays share, so that a shape in the HLO says what it is.
-CONFIG = dataclasses.replace(SLIDING, vocab_size=104, intermediate_size=56, num_kv_heads=2, num_heads=4)
-ROW_TOKENS, ROWS, ANCHORS = 44, 8, 14
-LENGTHS = ((40,), (11, 20), (30,), (5, 6, 7, 8), (44,), (9, 35), (), (23, 3))
-OPTIM = OptimConfig(learning_rate=3e-3, clip_norm=None)
-STEP = StepConfig(num_anchors=ANCHORS, total_steps=20, compute_dtype="float32")
-KEY = jax.random.key(0)
-MESHES = [(2, 1, 1), (1, 1, 2), (1, 2, 2), (2, 4, 1), (2, 2, 2)]
-
-
-class Run(NamedTuple):
-    losses: list[float]
-    """Of 20 steps."""
-    gradients: dict[str, np.ndarray]
-    """The first step's, as Adam's first moment holds them."""
-    hlo: str
-    parts: dict[str, tuple[str | int | None, ...]]
-    """Sharding of each parameter."""
+MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (4, 1, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2)]
 
 
-@functools.cache
-def run(sizes: tuple[int, int, int] | None) -> Run:
-    """20 steps on a mesh of these sizes; None: on one device, without a mesh."""
-    frozen, batch = random_frozen(CONFIG, 0), packed_batch(CONFIG, ROW_TOKENS, LENGTHS, 0, 0.8)
-    state, mesh = init_state(CONFIG, OPTIM, STEP, KEY, params=random_params(CONFIG, 0)), None
-    if sizes is not None:
-        data, fsdp, tensor = sizes
-        mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=jax.devices()[: math.prod(sizes)])
-        frozen = jax.device_put(frozen, frozen_sharding(mesh))
-        state = jax.device_put(state, state_shardings(CONFIG, OPTIM, STEP, mesh))
-        batch = jax.device_put(batch, batch_shardings(mesh))
-    step = make_train_step(CONFIG, LossConfig(), OPTIM, STEP, frozen, mesh=mesh)
-    compiled = step.func.lower(frozen, state, batch, KEY).compile()
-    losses, gradients = [], None
-    for _ in range(20):
-        state, metrics = compiled(frozen, state, batch, KEY)
-        losses.append(float(metrics["loss"]))
-        gradients = gradients or jax.tree.map(np.array, state.opt_state[0].mu)
-    parts = {} if mesh is None else {name: array.sharding.spec for name, array in state.params.items()}
-    return Run(losses, gradients, compiled.as_text(), parts)
+def assert_same_steps(losses: Sequence[float], gradients: dict[str, np.ndarray]) -> None:
+    """As on one device: loss and every gradient of the first step to 1e-5, the losses of 20 steps to 1e-4."""
+    single = run(None)
+    np.testing.assert_allclose(losses[0], single.losses[0], rtol=1e-5)
+    np.testing.assert_allclose(losses, single.losses, rtol=1e-4)
+    assert len(losses) == 20
+    assert single.losses[-1] < 0.9 * single.losses[0]
+    for name, expected in single.gradients.items():
+        atol = 1e-5 * np.abs(expected).max()
+        np.testing.assert_allclose(gradients[name], expected, rtol=1e-5, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_same_numbers_on_any_mesh(sizes):
-    single, ours = run(None), run(sizes)
-    np.testing.assert_allclose(ours.losses[0], single.losses[0], rtol=1e-5)
-    np.testing.assert_allclose(ours.losses, single.losses, rtol=1e-4)
-    assert single.losses[-1] < 0.9 * single.losses[0]
-    for name, expected in single.gradients.items():
-        atol = 1e-5 * np.abs(expected).max()
-        np.testing.assert_allclose(ours.gradients[name], expected, rtol=1e-5, atol=atol, err_msg=name)
+    assert_same_steps(run(sizes).losses, run(sizes).gradients)
+
+
+@pytest.fixture(scope="module")
+def across(tmp_path_factory) -> tuple[Path, dict[str, np.ndarray], list[float]]:
+    """What two processes of four devices wrote, given a checkpoint of one device; its leaves and next losses."""
+    directory = tmp_path_factory.mktemp("across")
+    leaves, losses = save(directory / "saved", prepare(None))
+    script = Path(__file__).with_name("mesh_steps.py")
+    ended = processes.finish(processes.start([script, directory], devices=4, processes=2))
+    assert [code for code, _ in ended] == [0, 0], "\n".join(output[-3000:] for _, output in ended)
+    return directory, leaves, losses
+
+
+@pytest.mark.parametrize("axis", ACROSS)
+def test_same_numbers_in_two_processes(across, axis):
+    """Whichever axis lies across the processes."""
+    with np.load(across[0] / f"{axis}.npz") as theirs:
+        assert_same_steps(theirs["losses"], theirs)
+
+
+def assert_same_bits(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    names = set(theirs) - {"losses"}
+    assert names == set(ours) - {"losses"}
+    for name in names:
+        assert ours[name].dtype == theirs[name].dtype
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_one_devices_checkpoint_in_two_processes(across):
+    directory, leaves, losses = across
+    with np.load(directory / "restored.npz") as theirs:
+        assert_same_bits(theirs, leaves)
+        np.testing.assert_allclose(theirs["losses"], losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 2, 2), (1, 1, 2)], ids=str)
+def test_two_processes_checkpoint_on_any_mesh(across, sizes):
+    """Saved on (2, 2, 2) by two processes."""
+    restored, losses = restore(across[0] / "across", prepare(sizes))
+    with np.load(across[0] / "saved.npz") as theirs:
+        assert_same_bits(restored, theirs)
+        np.testing.assert_allclose(losses, theirs["losses"], rtol=1e-5)
 
 
 COLLECTIVE = re.compile(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")

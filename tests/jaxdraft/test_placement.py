@@ -8,9 +8,9 @@ import jax
 import pytest
 
 from feature_bridge.contracts import GpuMemory
-from jaxdraft import features
+from jaxdraft import bridges
+from jaxdraft.bridges import Seat, memory_use, open_bridge
 from jaxdraft.config import BridgeConfig, Config, DataConfig, TargetConfig
-from jaxdraft.features import Seat, memory_use, open_bridge
 
 HOST = [f"GPU-{i}" for i in range(4)]
 
@@ -34,9 +34,9 @@ def opened(monkeypatch):
     """open_bridge(...) -> (spec, environment) of the bridge that would start."""
     devices = [device(0), device(1)]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
-    monkeypatch.setattr(features, "Gpu", FakeGpu)
-    monkeypatch.setattr(features, "host_gpus", lambda: HOST)
-    monkeypatch.setattr(features, "connect", lambda spec, **options: (spec, options["env"]))
+    monkeypatch.setattr(bridges, "Gpu", FakeGpu)
+    monkeypatch.setattr(bridges, "host_gpus", lambda: HOST)
+    monkeypatch.setattr(bridges, "connect", lambda spec, **options: (spec, options["env"]))
 
     def open_one(number: int, **bridge):
         config = Config(
@@ -45,7 +45,7 @@ def opened(monkeypatch):
             data=DataConfig(train_path="d"),
             bridge=BridgeConfig(**{"transport": "cuda_ipc"} | bridge),
         )
-        return open_bridge(config, (0, 1), log_path="log", seat=Seat(devices[number]))
+        return open_bridge(config, (0, 1), log_path="log", team=[Seat(devices[number])])
 
     return open_one
 
@@ -78,7 +78,7 @@ def test_gpus_that_are_not_there(opened):
     ("uuid", "extra"), [("GPU-2", {}), ("GPU-0", {"free on the target's GPU", "the target's whole GPU"})]
 )
 def test_who_holds_what_of_one_gpu_or_two(monkeypatch, uuid, extra):
-    monkeypatch.setattr(features, "Gpu", FakeGpu)
+    monkeypatch.setattr(bridges, "Gpu", FakeGpu)
     gpu = GpuMemory(uuid=uuid, total=90, free=40, weights=20, reserved=30)
     bridge = SimpleNamespace(ready=SimpleNamespace(gpu=gpu), transport="cuda_ipc", num_slots=3, ring_bytes=7)
     use = memory_use(bridge, device(0))

@@ -1,0 +1,154 @@
+"""A target held by two ranks: each writes its own rows into its own ring, and neither goes on without the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from fake_worker import CRASH, field_bytes, make_spec
+
+from feature_bridge.client import BridgeError, connect
+from feature_bridge.contracts import BridgeSpec, DataSpec, Rank, Row, TargetSpec
+from feature_bridge.restart import RestartingClient
+from feature_bridge.team import Team, connect_team
+
+ENV = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent), "OMP_NUM_THREADS": "1"}
+FIELDS = ("tokens", "segment_start", "loss_mask", "features")
+
+
+def ranks_of(spec: BridgeSpec, *, share_rows: bool = False) -> list[BridgeSpec]:
+    """Two ranks with rows of their own, or with a part of the features of the same rows each."""
+    own = "feature_slice" if share_rows else "row_slice"
+    return [dataclasses.replace(spec, rank=Rank(index=i, count=2), **{own: (i, 2)}) for i in range(2)]
+
+
+def start(specs: list[BridgeSpec], directory: Path, **options) -> Team:
+    logs = [directory / f"log{i}" for i in range(2)]
+    return connect_team(specs, log_paths=logs, envs=[ENV, ENV], **options)
+
+
+def rows(*row_ids: int, samples: tuple[int, ...] = (1, 2)) -> tuple[Row, ...]:
+    return tuple(Row(row_id=i, samples=samples) for i in row_ids)
+
+
+def read(team: Team, filled, rank: int) -> dict[str, torch.Tensor]:
+    return {name: torch.from_dlpack(producer) for name, producer in team.slot(filled, rank=rank).items()}
+
+
+@pytest.mark.parametrize("share_rows", [False, True])
+def test_every_rank_fills_its_own_part(tmp_path, share_rows):
+    spec = make_spec(rows=2, row_tokens=20)
+    specs = ranks_of(spec, share_rows=share_rows)
+    with start(specs, tmp_path, worker="fake_worker:FakeWorker") as team:
+        assert len(set(team.pids)) == team.num_ranks == 2
+        held = []
+        for first in (0, 8, 16):
+            asked = rows(*range(first, first + specs[0].rows_per_request))
+            team.fill("train", asked)
+            filled = team.next_filled()
+            assert [row.row_id for row in filled.rows] == [row.row_id for row in asked]
+            for rank, part in enumerate(filled.parts):
+                own = [asked[i] for i in specs[rank].own_rows]
+                assert [row.row_id for row in part.rows] == [row.row_id for row in own]
+                layout = specs[rank].slot_layout(team.ready.feature_width)
+                for field in layout.fields:
+                    raw = read(team, filled, rank)[field.name].view(torch.uint8).numpy().tobytes()
+                    assert raw == field_bytes(field, own, specs[rank].feature_slice), (rank, field.name)
+            held.append(filled)
+            if len(held) == 2:
+                team.release(held[0].slot, held.pop(0).generation)
+
+
+def test_a_rank_that_ends_is_named_and_all_start_again(tmp_path):
+    specs, said = ranks_of(make_spec()), []
+    team_of = functools.partial(start, specs, tmp_path, worker="fake_worker:FakeWorker")
+    with RestartingClient(team_of, 1, said.append) as client:
+        client.fill("train", rows(0, 1, 2, 3))
+        before = client.next_filled()
+        pids = client._client.pids
+        os.kill(pids[1], signal.SIGKILL)
+        client.fill("train", rows(4, 5, 6, 7))
+        filled = client.next_filled()
+        assert [row.row_id for row in filled.rows] == [4, 5, 6, 7]
+        assert not set(pids) & set(client._client.pids)
+        (sentence,) = said
+        assert f"rank 1 of 2 of the feature bridge (process {pids[1]}) was killed by SIGKILL" in sentence
+        assert "rank 0 of 2" not in sentence
+        client.release(before.slot, before.generation)
+
+        began = time.monotonic()
+        client.fill("train", rows(8, 9, 10, samples=(1,)) + rows(11, samples=(CRASH,)))  # rank 0 waits for ever
+        with pytest.raises(BridgeError, match=r"^rank 1 of 2 of .* ended with exit code 7; .* ends: the last words$"):
+            client.next_filled()
+        assert time.monotonic() - began < 5
+
+
+def test_a_rank_that_cannot_start_says_why(tmp_path):
+    """The other one would wait for it at the place where they meet."""
+    slow, missing = ranks_of(make_spec(path="slow"))
+    missing = dataclasses.replace(missing, target=dataclasses.replace(missing.target, path="missing"))
+    with pytest.raises(BridgeError, match=r"^rank 1 of 2 of the feature bridge: target\.path='missing'") as caught:
+        start([slow, missing], tmp_path, worker="fake_worker:FakeWorker")
+    assert caught.value.kind == "refused"
+
+
+# --- SGLang, on a CPU over gloo ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory) -> BridgeSpec:
+    data = runs.write_data(tmp_path_factory.mktemp("data"), train=8, held_out=2)
+    return BridgeSpec(
+        target=TargetSpec(
+            path=str(runs.TINY / "target"), backend="sglang", dtype="float32", layer_ids=(0, 2, 5), verify=False
+        ),
+        data=DataSpec(
+            train_path=str(data / "train.jsonl"),
+            eval_path=str(data / "eval.jsonl"),
+            max_length=512,
+            min_supervised=4,
+            num_workers=1,
+            cache_dir=str(data / "cache"),
+        ),
+        rows_per_slot=1,
+        row_tokens=512,
+        feature_dtype="float32",
+    )
+
+
+def test_sglang_on_two_ranks_gives_one_ranks_features(spec, tmp_path):
+    """Text and pictures; the embedding and the head as well, which each rank has a part of."""
+    asked = (Row(row_id=0, samples=(0, 1, 2)), Row(row_id=1, samples=(3, 4)))
+    with connect(spec, log_path=tmp_path / "log", env=ENV) as single:
+        expected = []
+        for row in asked:
+            single.fill("train", [row])
+            filled = single.next_filled()
+            expected.append({name: torch.from_dlpack(x).clone() for name, x in single.slot(filled).items()})
+            single.release(filled.slot, filled.generation)
+
+    with start(ranks_of(spec), tmp_path) as team:
+        team.fill("train", asked)
+        filled = team.next_filled()
+        for rank, want in enumerate(expected):
+            got = read(team, filled, rank)
+            for name in FIELDS[:3]:
+                assert torch.equal(got[name], want[name]), (rank, name)
+            scale = want["features"].abs().max()
+            assert (got["features"] - want["features"]).abs().max() < 1e-5 * scale
+            assert want["features"].abs().sum(-1).count_nonzero() == filled.parts[rank].rows[0].num_tokens
+        with pytest.raises(ValueError, match="shares no GPU memory"):
+            team.weights()
+        os.kill(team.pids[1], signal.SIGKILL)
+        team.fill("train", asked)
+        began = time.monotonic()
+        with pytest.raises(BridgeError, match=rf"^rank 1 of 2 .*\(process {team.pids[1]}\) was killed by SIGKILL"):
+            team.next_filled()
+        assert time.monotonic() - began < 5
