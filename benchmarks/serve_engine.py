@@ -14,7 +14,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,26 @@ def ask(engine: Any, prompts: Sequence[Prompt], limits: Sequence[int], **options
     return engine.loop.run_until_complete(ask_all())
 
 
+def answer(engine: Any, prompts: Sequence[Prompt], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is kept of each conversation; under "early", of the round that stops a block before the end."""
+    options = {} if args.draft else {"return_logprob": True, "top_logprobs_num": 2}
+    found = [outcome(one) for one in ask(engine, prompts, [args.limit] * len(prompts), **options)]
+    for prompt, one in zip(prompts, found, strict=True):
+        one |= {"pictures": len(prompt.pictures), "sample_prompt_tokens": prompt.num_tokens}
+    if args.block_size:
+        limits = [len(one["tokens"]) - args.block_size for one in found]
+        long = [i for i, limit in enumerate(limits) if limit > 1]
+        again = ask(engine, [prompts[i] for i in long], [limits[i] for i in long])
+        for i, one in zip(long, again, strict=True):
+            found[i]["early"] = outcome(one) | {"limit": limits[i]}
+    return found
+
+
+def batched(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
+    """A time limit leaves what was answered until then."""
+    return (prompts[i : i + size] for i in range(0, len(prompts), size))
+
+
 def outcome(answer: dict[str, Any]) -> dict[str, Any]:
     """What is kept of an answer."""
     meta = answer["meta_info"]
@@ -141,25 +161,15 @@ def main() -> None:
     prompts = read_prompts(args.data, processor, args.number)
     engine = open_engine(args.target, args.draft, args.port)
     say("engine is up")
-    options = {} if args.draft else {"return_logprob": True, "top_logprobs_num": 2}
-    outcomes = [outcome(answer) for answer in ask(engine, prompts, [args.limit] * len(prompts), **options)]
-    say(f"{len(outcomes)} answers")
-    found = {
-        str(prompt.row): one | {"pictures": len(prompt.pictures), "sample_prompt_tokens": prompt.num_tokens}
-        for prompt, one in zip(prompts, outcomes, strict=True)
-    }
-    with args.out.with_suffix(".jsonl").open("w") as file:
-        for prompt, one in zip(prompts, outcomes, strict=True):
+    found, records = {}, []
+    for some in batched(prompts, 32):
+        for prompt, one in zip(some, answer(engine, some, args), strict=True):
+            found[str(prompt.row)] = one
             text = processor.tokenizer.decode(one["tokens"][:-1])  # without the end of the turn
-            file.write(json.dumps(answered(prompt, text, args.out.parent)) + "\n")
-    args.out.write_text(json.dumps(found))
-    if args.block_size:
-        short = [(p, len(o["tokens"]) - args.block_size) for p, o in zip(prompts, outcomes, strict=True)]
-        asked, limits = zip(*((p, limit) for p, limit in short if limit > 1), strict=True)
-        for prompt, limit, answer in zip(asked, limits, ask(engine, asked, limits), strict=True):
-            found[str(prompt.row)]["early"] = outcome(answer) | {"limit": limit}
+            records.append(json.dumps(answered(prompt, text, args.out.parent)) + "\n")
+        args.out.with_suffix(".jsonl").write_text("".join(records))
         args.out.write_text(json.dumps(found))
-        say(f"{len(asked)} answers that stop early")
+        say(f"{len(found)} conversations")
     engine.shutdown()
 
 

@@ -50,6 +50,8 @@ def read_shape(config: dict[str, Any]) -> DraftShape:
     def either(name: str, default: Any = None) -> Any:
         return nested.get(name, config.get(name, default))
 
+    if "speculators_model_type" in config:
+        raise ValueError("the draft is of speculators' form; write it as another with python -m jaxdraft.convert")
     architectures = config.get("architectures") or ["DFlashDraftModel"]
     if architectures != ["DFlashDraftModel"]:
         raise ValueError(f"the draft's architectures={architectures} is not ['DFlashDraftModel']; use a DFlash draft")

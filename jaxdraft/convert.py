@@ -1,16 +1,24 @@
-"""Reading drafts: an exported directory, or a published one, as the weights that a training starts from."""
+"""Reading drafts: an exported directory, or a published one, as the weights that a training starts from.
+
+    python -m jaxdraft.convert --draft DIR --target DIR --output DIR [--format dflash|speculators]
+
+z-lab's old and new config.json, speculators' form, and what `feature_bridge.specforge_checkpoint` makes of a training
+checkpoint of SpecForge. `draft.init_from` reads them as they are; the command writes them as `jaxdraft.export` does.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from safetensors import safe_open
 
-from jaxdraft.export import check_tensors
+from jaxdraft.cli import parse_options, run_command
+from jaxdraft.export import Form, check_tensors, export_draft
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.speculators import OF_THE_TARGET, from_speculators, is_speculators
 
@@ -118,3 +126,47 @@ def parse_draft_config(config: Mapping[str, Any]) -> DraftConfig:
         initializer_range=config.get("initializer_range", 0.02),
         max_position_embeddings=config.get("max_position_embeddings", 40960),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Write a draft that is on disk as a directory of another form, checked as an export is."""
+
+    draft: str
+    """Directory of the draft: z-lab's, SpecForge's, SGLang's, speculators' or ours."""
+    target: str
+    """Directory of its target."""
+    output: str
+    """Directory to write."""
+    format: Form = "dflash"
+    """dflash: what z-lab, SpecForge, SGLang and vLLM load; speculators: vLLM's own form."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the written tensors."""
+
+
+def convert(arguments: Arguments) -> Path:
+    """Raises ValueError: no such draft or target, or one that does not fit the other."""
+    tensors, config = load_draft(arguments.draft)
+    file = Path(arguments.target) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"--target {arguments.target} has no config.json; give the target's directory")
+    about = Path(arguments.draft) / "export.json"
+    capture = json.loads(about.read_text())["capture"] if about.is_file() else "layer_output"
+    return export_draft(
+        tensors,
+        config,
+        json.loads(file.read_text()),
+        arguments.output,
+        dtype=arguments.dtype,
+        form=arguments.format,
+        capture=capture,
+        provenance={"target": arguments.target, "converted_from": arguments.draft},
+    )
+
+
+def main() -> None:
+    print(f"converted to {convert(parse_options(Arguments, None, 'python -m jaxdraft.convert'))}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -166,3 +168,20 @@ def test_refuses_what_the_form_cannot_say(tmp_path, target, config, named):
     with pytest.raises(ValueError, match=named):
         export(tmp_path / "draft", target, config)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_the_other_form(tmp_path, target):
+    from feature_bridge.torch_draft import TorchDraft
+
+    given = export(tmp_path / "given", target)
+    with pytest.raises(ValueError, match=r"python -m jaxdraft\.convert"):
+        TorchDraft.load(given, dtype=torch.float32)
+    command = [sys.executable, "-m", "jaxdraft.convert", "--draft", str(given), "--target", str(target), "--output"]
+    subprocess.run([*command, str(tmp_path / "dflash")], check=True)
+    TorchDraft.load(tmp_path / "dflash", dtype=torch.float32)
+    dflash = export(tmp_path / "expected", target, form="dflash")
+    for file in ("model.safetensors", "config.json", "dflash.py"):
+        assert (tmp_path / "dflash" / file).read_bytes() == (dflash / file).read_bytes()
+    command[-2] = str(tmp_path)
+    done = subprocess.run([*command, str(tmp_path / "no")], capture_output=True, text=True)
+    assert (done.returncode, "has no config.json; give the target's directory" in done.stderr) == (2, True)
