@@ -1,9 +1,6 @@
 """SGLang's real HTTP server on a CPU: python sglang_server.py MODEL_DIR PORT. In a process of its own."""
 
-import importlib.machinery
-import importlib.util
 import sys
-from unittest.mock import MagicMock
 
 from feature_bridge import cpu_stand_ins
 from feature_bridge.targets import sglang_versions
@@ -11,9 +8,6 @@ from feature_bridge.targets import sglang_versions
 # At the top level, for the processes that the server spawns import this file too.
 sglang_versions.set_environment("cpu")
 cpu_stand_ins.install_before_sglang()
-for name in ("jsonschema", "soundfile"):  # of tools and of audio, neither of which is asked for here
-    if importlib.util.find_spec(name) is None:
-        sys.modules[name] = MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
 
 
 def main(directory: str, port: int) -> None:
