@@ -40,31 +40,46 @@ def find_place(config: DistributedConfig, env: Mapping[str, str]) -> Place | Non
     """Where this process is; None for a run of one process.
 
     Raises:
-      ValueError: one of address, count and index is given and another is missing.
+      ValueError: one of address, count and index is known and another is not.
     """
-    own = (
-        config.coordinator_address or env.get("JAX_COORDINATOR_ADDRESS"),
-        _number(config.num_processes, env.get("JAX_NUM_PROCESSES")),
-        _number(config.process_id, env.get("JAX_PROCESS_ID")),
-    )
-    if any(x is not None for x in own):
-        names = ("coordinator_address", "num_processes", "process_id")
-        for name, value in zip(names, own, strict=True):
-            if value is None:
-                raise ValueError(
-                    f"distributed.{name} is missing where the others are given; set it, or JAX_{name.upper()}"
-                )
-        return None if own[1] == 1 else Place(*own, None)
-    if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+    launched = _launched(env)
+    if launched is not None and launched.count == 1:
+        launched = None
+    address = config.coordinator_address or env.get("JAX_COORDINATOR_ADDRESS")
+    count = _number(config.num_processes, env.get("JAX_NUM_PROCESSES"))
+    index = _number(config.process_id, env.get("JAX_PROCESS_ID"))
+    if address is count is index is None:
+        if launched is not None and not _address_is_detected(env):
+            raise ValueError(
+                f"a launcher has started {launched.count} processes and JAX cannot find out where the first one is: "
+                "set JAX_COORDINATOR_ADDRESS=HOST:PORT for all of them, HOST being that of process 0"
+            )
+        return launched
+    if launched is not None:  # the launcher knows what is not given
+        count, index = launched.count if count is None else count, launched.index if index is None else index
+    for name, value in (("coordinator_address", address), ("num_processes", count), ("process_id", index)):
+        if value is None:
+            raise ValueError(f"distributed.{name} is missing where the others are given; set it, or JAX_{name.upper()}")
+    return None if count == 1 else Place(address, count, index, launched and launched.local_count)
+
+
+def _launched(env: Mapping[str, str]) -> Place | None:
+    """What the variables of srun, mpirun or an indexed job of Kubernetes say."""
+    if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
         tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
         local = int(tasks[0]) if tasks else None
-        return Place(None, int(env["SLURM_NTASKS"]), int(env["SLURM_PROCID"]), local)
-    if "OMPI_MCA_orte_hnp_uri" in env and int(env["OMPI_COMM_WORLD_SIZE"]) > 1:
+        return Place(None, int(env.get("SLURM_NTASKS", "1")), int(env["SLURM_PROCID"]), local)
+    if "OMPI_COMM_WORLD_SIZE" in env:
         local = int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "0")) or None
         return Place(None, int(env["OMPI_COMM_WORLD_SIZE"]), int(env["OMPI_COMM_WORLD_RANK"]), local)
     if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
         return Place(None, None, int(env["JOB_COMPLETION_INDEX"]), None)
     return None
+
+
+def _address_is_detected(env: Mapping[str, str]) -> bool:
+    """Whether JAX finds process 0 by itself: not with Open MPI 5, which no longer says where it is."""
+    return "OMPI_COMM_WORLD_SIZE" not in env or "OMPI_MCA_orte_hnp_uri" in env
 
 
 def _number(given: int | None, env: str | None) -> int | None:
@@ -85,17 +100,18 @@ def joined(config: Config) -> Iterator[None]:
     watch = _Watch(config.run_dir.with_name(f".{config.name}.hosts"), place, timeout)
     watch.start()
     try:
-        # Its own time-outs come after ours: what it says when they pass is a stack trace.
+        # Its own time-outs come after ours, which name a process: what it says when they pass is a stack trace.
+        patience = int(timeout if place.count is None else 2 * timeout + 30)
         jax.distributed.initialize(
             coordinator_address=place.address,
             num_processes=place.count,
             process_id=place.index,
             # Where a scheduler starts several processes on a host, JAX gives each the one GPU of its local index.
             local_device_ids=() if place.local_count == 1 else None,
-            initialization_timeout=int(2 * timeout + 30),
+            initialization_timeout=patience,
             heartbeat_timeout_seconds=int(2 * timeout + 30),
         )
-        watch.all_there()
+        watch.expect(jax.process_count())
         yield
         watch.leave("")
         wait_for_all("end of the run")
@@ -122,25 +138,25 @@ class _Watch:
         self._directory, self._place, self._timeout_s = directory, place, timeout_s
         self._beat, self._name = 0, f"{socket.gethostname()}:{os.getpid()}"
         self._last_words: str | None = None
-        self._joined = threading.Event()
+        self._count = place.count or 0
         self._lock = threading.Lock()
 
     def start(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._stale = {i: self._read(i) for i in self._others()}  # of an earlier run
+        self._stale: dict[int, str | None] = {}  # of an earlier run
+        self.expect(self._count)
         self._write()
         threading.Thread(target=self._run, name="hosts", daemon=True).start()
 
-    def all_there(self) -> None:
-        self._joined.set()
+    def expect(self, count: int) -> None:
+        """The number of processes, where it was not known before."""
+        self._stale |= {i: self._read(i) for i in range(count) if i != self._place.index and i not in self._stale}
+        self._count = count
 
     def leave(self, last_words: str) -> None:
         """Writes why this process ends; empty: in good order."""
         self._last_words = last_words
         self._write()
-
-    def _others(self) -> list[int]:
-        return [i for i in range(self._place.count or 0) if i != self._place.index]
 
     def _file(self, index: int) -> Path:
         return self._directory / str(index)
@@ -160,13 +176,15 @@ class _Watch:
             return None
 
     def _run(self) -> None:
-        seen: dict[int, str | None] = dict(self._stale)
-        since = dict.fromkeys(seen, time.monotonic())
+        seen: dict[int, str | None] = {}
+        since: dict[int, float] = {}
         while self._last_words is None:
             time.sleep(_BEAT_S)
             self._write()
-            for i in seen:
+            for i, stale in tuple(self._stale.items()):
                 text = self._read(i)
+                if i not in seen:
+                    seen[i], since[i] = stale, time.monotonic()
                 if text != seen[i]:
                     seen[i], since[i] = text, time.monotonic()
             fresh = {i: text for i, text in seen.items() if text and text != self._stale[i]}
@@ -174,19 +192,16 @@ class _Watch:
                 name, _, words = text.partition("\n")
                 if words and words != "done":
                     self._end(f"process {i} ({name.split()[0]}) ended: {words}")
-            late = [i for i in seen if time.monotonic() - since[i] > self._timeout_s and not self._done(seen[i])]
+            done = {i for i, text in fresh.items() if text.endswith("\ndone")}
+            late = [i for i in seen if time.monotonic() - since[i] > self._timeout_s and i not in done]
             if late:
                 what = self._describe(late, fresh)
                 self._end(f"{what} within distributed.timeout_s={self._timeout_s:g} s; see its log")
 
-    @staticmethod
-    def _done(text: str | None) -> bool:
-        return text is not None and text.endswith("\ndone")
-
     def _describe(self, late: list[int], fresh: dict[int, str]) -> str:
         names = ", ".join(f"{i} ({fresh[i].split()[0]})" if i in fresh else str(i) for i in late)
         what = "gave no sign of life" if all(i in fresh for i in late) else "did not come"
-        return f"of the {self._place.count} processes of this run, process {names} {what}"
+        return f"of the {self._count} processes of this run, process {names} {what}"
 
     def _end(self, sentence: str) -> None:
         if self._last_words is not None:
