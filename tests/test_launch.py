@@ -2,8 +2,10 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -21,6 +23,11 @@ def shell_of_readme() -> str:
 @pytest.mark.parametrize("text", [(LAUNCH / "slurm.sbatch").read_text(), shell_of_readme()], ids=["sbatch", "ssh"])
 def test_shell_is_well_formed(text):
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    # SC2029: that a word is expanded before ssh sends it is meant.
+    command = [str(shellcheck), "--shell=bash", "--exclude=SC2029", "-"]
+    found = subprocess.run(command, input=text, text=True, stdout=subprocess.PIPE)
+    assert found.returncode == 0, found.stdout
     assert "python -m jaxdraft.train" in text
 
 
@@ -40,9 +47,15 @@ def test_ssh_lines_set_what_is_read():
 def test_job_set():
     job_set = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
     assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert job_set.keys() == {"apiVersion", "kind", "metadata", "spec"}
+    assert job_set["spec"].keys() == {"failurePolicy", "replicatedJobs"}
+    assert job_set["spec"]["failurePolicy"].keys() == {"maxRestarts"}
     name = job_set["metadata"]["name"]
     (group,) = job_set["spec"]["replicatedJobs"]
+    assert group.keys() == {"name", "replicas", "template"}
     job = group["template"]["spec"]
+    whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}, "spec": job}
+    kubernetes_validate.validate(whole, kubernetes_validate.latest_version(), strict=True)  # raises; pods included
     assert job["completionMode"] == "Indexed"
     assert job["parallelism"] == job["completions"]
     pod = job["template"]["spec"]
