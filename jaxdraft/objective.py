@@ -58,7 +58,7 @@ class Predictions:
 
     Attributes:
       accept_len: draft tokens accepted at each anchor, without the bonus token; 0 for invalid blocks.
-      predicted: the draft's token for slots 1..B-1.
+      predicted: the draft's token for slots 1..B-1; 0 beyond the sample's end.
       hits: prediction equals the sample's own token; False beyond the sample's end.
       supervised: slots that the loss counts.
       nll: negative log-likelihood of the labels; meaningless where not `supervised`.
@@ -85,8 +85,11 @@ def predict(
     compute_dtype: str = "bfloat16",
     attention: str = "auto",
     head_chunk_tokens: int | None = None,
+    supervised_only: bool = False,
 ) -> Predictions:
     """The draft on the blocks at these anchors, and its losses; pure, differentiable in `params` through the sums.
+
+    With `supervised_only`, nothing is predicted where the loss does not count: the sums are the same, for less work.
 
     Raises:
       ValueError: the features are not as wide as the draft reads.
@@ -98,13 +101,14 @@ def predict(
         )
     anchors = jnp.where(valid, anchors, 0)
     model = bind(draft, params, jnp.dtype(compute_dtype))
-    hidden_rnbh = model(
+    hidden_rnkh = model(
         block_input_embeddings(frozen.embedding, batch.tokens, anchors, valid, draft),
         model.context(batch.features),
         anchors=anchors,
         valid=valid,
         segment_start=batch.segment_start,
         implementation=attention,
+        predicted_only=True,
     )
     labels = block_labels(
         batch.tokens, batch.loss_mask, batch.segment_start, batch.num_tokens, anchors, valid, draft.block_size
@@ -116,10 +120,12 @@ def predict(
         chunk_tokens=head_chunk_tokens,
     )
     rows = ("rows",)
-    nll, predicted = per_device(cross_entropy, [rows, ("vocab",), rows], [rows, rows], auto="tensor")(
-        hidden_rnbh[:, :, 1:].reshape(len(anchors), -1, draft.hidden_size),
-        frozen.head.astype(hidden_rnbh.dtype),
+    read = labels.supervised if supervised_only else labels.inside
+    nll, predicted = per_device(cross_entropy, [rows, ("vocab",), rows, rows], [rows, rows], auto="tensor")(
+        hidden_rnkh.reshape(len(anchors), -1, draft.hidden_size),
+        frozen.head.astype(hidden_rnkh.dtype),
         labels.tokens.reshape(len(anchors), -1),
+        read.reshape(len(anchors), -1),
     )
     nll, predicted = (x.reshape(labels.tokens.shape) for x in (nll, predicted))
     hits = labels.inside & (predicted == labels.tokens)

@@ -55,8 +55,9 @@ def learning_rate(config: OptimConfig, total_steps: int, step: Int[Array, ""]) -
 
 
 def global_norm(grads: dict[str, Array]) -> Float[Array, ""]:
-    """Norm over all gradients: one reduction of one stacked vector, which XLA does not recompute in each consumer."""
-    return jnp.sqrt(jnp.sum(jnp.stack([jnp.sum(jnp.square(g)) for g in grads.values()])))
+    """Norm over all gradients in float32: one reduction of one stacked vector, not recomputed in each consumer."""
+    squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in grads.values()]
+    return jnp.sqrt(jnp.sum(jnp.stack(squares)))
 
 
 def clip_factor(config: OptimConfig, norm: Float[Array, ""]) -> Float[Array, ""]:

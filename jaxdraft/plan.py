@@ -29,11 +29,10 @@ from jaxdraft.config import Config
 from jaxdraft.gpu_memory import gib
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.objective import Batch, Frozen, batch_shardings
+from jaxdraft.ops.linear_cross_entropy import LOGIT_BYTES
 from jaxdraft.sharding import MESH_AXES, check_mesh, frozen_sharding, mesh_sizes, num_row_groups
 from jaxdraft.target import make_draft_config, open_target
 from jaxdraft.train_step import StepConfig, init_state, state_shardings
-
-LOGIT_BYTES = 2**30  # logits of one chunk of the cross entropy; their gradient is as large
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +121,17 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
+def useful_flop(draft: DraftConfig, *, rows: int, tokens: int, anchors: int) -> float:
+    """Of forward and backward: each product once forward and its backward, attention at its average context of half a
+    row, of the frozen head the input's gradient only. Slot 0 counts like the others."""
+    h, blocks, context = draft.hidden_size, rows * anchors * draft.block_size, rows * tokens
+    q, k = draft.num_heads * draft.head_dim, draft.num_kv_heads * draft.head_dim
+    layer = 2 * h * q + 2 * h * k + 3 * h * draft.intermediate_size
+    attention = 14 * blocks * (tokens / 2 + draft.block_size) * q  # 4 forward, 10 backward with its recomputed scores
+    layers = draft.num_layers * (6 * blocks * layer + 6 * context * 2 * h * k + attention)
+    return layers + 4 * context * draft.feature_size * h + 4 * blocks * draft.vocab_size * h
+
+
 def plan_step(
     config: Config, draft: DraftConfig, mesh: Any, machine: Machine, *, tied: bool, target_params: float = 0.0
 ) -> StepPlan:
@@ -139,7 +149,7 @@ def plan_step(
     chunk = min(LOGIT_BYTES, wide * blocks * draft.vocab_size / t)
     memory = {
         "masters and moments": device_bytes(state),
-        "gradients": device_bytes(state.params),
+        "gradients": int(wide * params) if mesh.size == 1 else device_bytes(state.params),
         "weights of one step": int(wide * params / t),
         "embedding and head": device_bytes(frozen),
         "features and rows, in slots": config.bridge.num_slots * device_bytes(batch),
@@ -148,10 +158,7 @@ def plan_step(
         "target": int(2 * target_params),
     }
 
-    layer = 2 * h * q + 2 * h * k + 3 * h * m
-    attention = 14 * blocks * (config.data.row_tokens / 2 + draft.block_size) * q
-    flop = layers * (6 * blocks * layer + 6 * context * 2 * h * k + attention)
-    flop += 4 * context * draft.feature_size * h + 4 * blocks * draft.vocab_size * h
+    flop = useful_flop(draft, rows=rows, tokens=config.data.row_tokens, anchors=config.num_anchors)
 
     inside = machine.gpus_per_host
     sends = {

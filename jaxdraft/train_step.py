@@ -187,10 +187,12 @@ def make_train_step(
         )
 
         def numerator(params):
-            sums = objective(params, frozen, batch, anchors, valid).sums
+            sums = objective(params, frozen, batch, anchors, valid, supervised_only=True).sums
             return sums.numerator, sums
 
-        (_, sums), grads = jax.value_and_grad(numerator, has_aux=True)(state.params)
+        # Gradients that are summed over devices leave their products in float32.
+        params = state.params if mesh is not None and mesh.size > 1 else narrow_matrices(state.params, options)
+        (_, sums), grads = jax.value_and_grad(numerator, has_aux=True)(params)
         bad_rows = unhealthy_rows(batch, draft.hidden_size)
         ok = ~jnp.any(bad_rows) & jnp.all(jnp.isfinite(jnp.stack([sums.numerator, global_norm(grads)])))
         grads, sums = jax.tree.map(lambda x: jnp.where(ok, x, 0), (grads, sums))
@@ -226,6 +228,11 @@ def make_eval_step(
         return eval_step(params, _now(frozen), batch, anchors, valid)
 
     return at_anchors
+
+
+def narrow_matrices(params: Params, options: StepConfig) -> Params:
+    """Copies of the masters in the compute dtype, vectors apart. Gradients with respect to them have its size too."""
+    return {name: x.astype(options.compute_dtype) if x.ndim > 1 else x for name, x in params.items()}
 
 
 def _compute_options(options: StepConfig) -> dict[str, Any]:

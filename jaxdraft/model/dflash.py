@@ -192,32 +192,43 @@ class DFlashDraft(nnx.Module):
 
     def __call__(
         self,
-        block_embeddings: Float[Array, "r n b h"],
+        block_embeddings: Float[Array, "r n x h"],
         context: Float[Array, "r s h"],
         *,
         anchors: Int[Array, "r n"],
         valid: Bool[Array, "r n"],
         segment_start: Int[Array, "r s"],
         implementation: str = "auto",
-    ) -> Float[Array, "r n b h"]:
+        predicted_only: bool = False,
+    ) -> Float[Array, "r n y h"]:
         """Hidden states of every slot after the final norm; LM head not applied. Invalid blocks see nothing.
 
         Args:
-          block_embeddings: embeddings of [anchor token, MASK, MASK, ...], before `input_embedding_scale`.
+          block_embeddings: embeddings of [anchor token, MASK, MASK, ...], before `input_embedding_scale`; of fewer than
+            block_size slots, the last one stands for those that are left out.
           context: what `context` returned.
           anchors: row index of each block's anchor; a block sees context [its sample's start, anchor). An anchor s,
             one past the row, continues its last sample, as in decoding.
           valid: False for blocks that do not exist.
           segment_start: first row index of the sample that each token belongs to.
           implementation: of the attention, see `jaxdraft.ops.block_attention`.
+          predicted_only: leave slot 0 out of the result, and of what only it needs.
         """
         geometry = block_geometry(self.config, anchors, valid, segment_start)
         x_rnbh = block_embeddings.astype(self.dtype)
         if self.config.input_embedding_scale is not None:
             x_rnbh = x_rnbh * self.config.input_embedding_scale
-        for layer in self.layers:
-            x_rnbh = layer(x_rnbh, context, geometry, implementation)
+        context_kv = self._context_kv(context)
+        for layer, kv in zip(self.layers, context_kv, strict=True):
+            first_slot = int(predicted_only and layer is self.layers[-1])
+            x_rnbh = layer(x_rnbh, kv, geometry, implementation, first_slot)
         return rms_norm(x_rnbh, self.norm[...], self.config.rms_norm_eps)
+
+    def _context_kv(self, context: Float[Array, "r s h"]) -> list[tuple[Array, Array]]:
+        """Each layer's keys and values of the context, [r, s, k, d], neither normalised nor rotated: one product."""
+        weights = [w[...] for layer in self.layers for w in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
+        kv_rswkd = project("rsh,whkd->rswkd", context, jnp.stack(weights))
+        return [(kv_rswkd[:, :, i], kv_rswkd[:, :, i + 1]) for i in range(0, len(weights), 2)]
 
 
 def block_geometry(
@@ -288,12 +299,10 @@ def block_input_embeddings(
     anchors: Int[Array, "r n"],
     valid: Bool[Array, "r n"],
     config: DraftConfig,
-) -> Float[Array, "r n b h"]:
-    """Embeddings of [token[a], MASK, MASK, ...] for each block; an invalid block is all MASK."""
+) -> Float[Array, "r n two h"]:
+    """Embeddings of [token[a], MASK] for each block, whose further slots are MASK too; an invalid block is all MASK."""
     anchor_tokens = jnp.where(valid, jnp.take_along_axis(tokens, anchors, axis=1), config.mask_token_id)
     first_rnh = embedding[anchor_tokens]
     # One MASK row is broadcast, so only n rows a sample are gathered.
-    rest = jnp.broadcast_to(
-        embedding[config.mask_token_id], (*anchors.shape, config.block_size - 1, config.hidden_size)
-    )
-    return jnp.concatenate([first_rnh[:, :, None], rest], axis=2)
+    mask_rnh = jnp.broadcast_to(embedding[config.mask_token_id], first_rnh.shape)
+    return jnp.stack([first_rnh, mask_rnh], axis=2)

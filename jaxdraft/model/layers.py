@@ -80,6 +80,18 @@ def apply_rope(x: Float[Array, "*batch heads d"], table: tuple[Array, Array]) ->
     return (x * cos + rotated * sin).astype(x.dtype)
 
 
+def fill_slots(x: Float[Array, "r n x *rest"], num_slots: int) -> Float[Array, "r n b *rest"]:
+    """Repeats a block's last slot: at the input all but slot 0 hold MASK, so what precedes positions is computed once.
+
+    The gradient of the repeated slot is summed in float32.
+    """
+    if x.shape[2] == num_slots:
+        return x
+    wide = x.astype(jnp.float32)
+    last = jnp.broadcast_to(wide[:, :, -1:], (*x.shape[:2], num_slots - x.shape[2] + 1, *x.shape[3:]))
+    return jnp.concatenate([wide[:, :, :-1], last], axis=2).astype(x.dtype)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockGeometry:
@@ -101,11 +113,16 @@ class BlockGeometry:
     end: Int[Array, "r n"]
     valid: Bool[Array, "r n"]
 
+    @property
+    def num_slots(self) -> int:
+        return self.block_rope[0].shape[2]
+
 
 class Attention(nnx.Module):
     """Block attention: queries from the block, keys and values from the target context and the block itself.
 
     The context enters K and V without `input_layernorm`; q_norm and k_norm act per head before the rotation.
+    `context_kv` are its plain projections. Trailing slots of the input that equal the last one may be left out (x).
     """
 
     def __init__(self, config, *, sliding: bool, rngs: nnx.Rngs, param_dtype):
@@ -122,17 +139,18 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x_rnbh: Float[Array, "r n b h"],
-        c_rsh: Float[Array, "r s h"],
+        x_rnbh: Float[Array, "r n x h"],
+        context_kv: tuple[Float[Array, "r s k d"], Float[Array, "r s k d"]],
         geometry: BlockGeometry,
         implementation: str,
     ) -> Float[Array, "r n b h"]:
         q_rnbqd = project("rnbh,hqd->rnbqd", x_rnbh, self.q_proj[...])
         k_rnbkd, v_rnbkd = (project("rnbh,hkd->rnbkd", x_rnbh, w[...]) for w in (self.k_proj, self.v_proj))
-        k_rskd, v_rskd = (project("rsh,hkd->rskd", c_rsh, w[...]) for w in (self.k_proj, self.v_proj))
+        k_rskd, v_rskd = context_kv
 
-        q_rnbqd = apply_rope(rms_norm(q_rnbqd, self.q_norm[...], self.eps), geometry.block_rope)
-        k_rnbkd = apply_rope(rms_norm(k_rnbkd, self.k_norm[...], self.eps), geometry.block_rope)
+        fill = functools.partial(fill_slots, num_slots=geometry.num_slots)
+        q_rnbqd = apply_rope(fill(rms_norm(q_rnbqd, self.q_norm[...], self.eps)), geometry.block_rope)
+        k_rnbkd = apply_rope(fill(rms_norm(k_rnbkd, self.k_norm[...], self.eps)), geometry.block_rope)
         k_rskd = apply_rope(rms_norm(k_rskd, self.k_norm[...], self.eps), geometry.context_rope)
 
         attend = functools.partial(
@@ -148,7 +166,7 @@ class Attention(nnx.Module):
             k_rskd,
             v_rskd,
             k_rnbkd,
-            v_rnbkd,
+            fill(v_rnbkd),
             geometry.sliding_start if self.sliding else geometry.start,
             geometry.end,
             geometry.valid,
@@ -182,11 +200,15 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self,
-        x_rnbh: Float[Array, "r n b h"],
-        c_rsh: Float[Array, "r s h"],
+        x_rnbh: Float[Array, "r n x h"],
+        context_kv: tuple[Float[Array, "r s k d"], Float[Array, "r s k d"]],
         geometry: BlockGeometry,
         implementation: str,
-    ) -> Float[Array, "r n b h"]:
-        normed = rms_norm(x_rnbh, self.input_layernorm[...], self.eps)
-        x_rnbh = x_rnbh + self.self_attn(normed, c_rsh, geometry, implementation)
+        first_slot: int = 0,
+    ) -> Float[Array, "r n y h"]:
+        """The block's slots from `first_slot` on; their keys and values are still those of all slots."""
+        attended = self.self_attn(
+            rms_norm(x_rnbh, self.input_layernorm[...], self.eps), context_kv, geometry, implementation
+        )
+        x_rnbh = (fill_slots(x_rnbh, geometry.num_slots) + attended)[:, :, first_slot:]
         return x_rnbh + self.mlp(rms_norm(x_rnbh, self.post_attention_layernorm[...], self.eps))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdraft.ops.hopper import on_one_hopper
+from jaxdraft.ops.hopper import why_no_kernels
 
 EMPTY = -1e30  # log-sum-exp of no key at all; finite, so that merging two empty parts gives 0 and not NaN
 
@@ -69,7 +69,7 @@ def block_attention(
       The attention output in q's dtype; softmax statistics and accumulation are float32.
 
     Raises:
-      ValueError: unknown implementation.
+      ValueError: unknown implementation, or "mosaic" where its kernels cannot run.
     """
     if start.ndim == 2:
         start = start[..., None]
@@ -80,6 +80,8 @@ def block_attention(
     if implementation == "auto":
         implementation = attention_choice(q.dtype, q.shape[-1])
     if implementation == "mosaic":
+        if reason := _why_not_mosaic(q.dtype, q.shape[-1]):
+            raise ValueError(f"attention='mosaic' needs a Hopper GPU, but {reason}; use attention='auto' or 'xla'")
         from jaxdraft.ops import block_attention_mosaic  # needs a jaxlib with GPU support
 
         return block_attention_mosaic.attend(
@@ -93,8 +95,15 @@ def block_attention(
 
 def attention_choice(dtype, head_dim: int) -> str:
     """What "auto" stands for: "mosaic" (kernels) on a single Hopper GPU in 16-bit precision, "xla" everywhere else."""
-    fits = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and head_dim in (64, 128)
-    return "mosaic" if fits and on_one_hopper() else "xla"
+    return "xla" if _why_not_mosaic(dtype, head_dim) else "mosaic"
+
+
+def _why_not_mosaic(dtype, head_dim: int) -> str | None:
+    if reason := why_no_kernels():
+        return reason
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16) or head_dim not in (64, 128):
+        return f"its kernels take 16-bit numbers and a head_dim of 64 or 128, not {jnp.dtype(dtype)} and {head_dim}"
+    return None
 
 
 def reference(q, k_context, v_context, k_block, v_block, start, end, valid, *, causal: bool, scale: float):

@@ -41,6 +41,7 @@ from jaxdraft.ops.mosaic_common import (
 _LOW = -1e30  # a running maximum before any key; finite, so that differences are never NaN
 
 
+@functools.partial(jax.jit, static_argnames=("causal", "scale", "tuning", "interpret"))  # one lowering for all layers
 def attend(
     q, k_context, v_context, k_block, v_block, start, end, valid, *, causal, scale, tuning=None, interpret=False
 ):

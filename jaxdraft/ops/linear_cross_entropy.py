@@ -4,6 +4,9 @@ The head needs no gradient, so d nll / d hidden = (softmax - onehot) · head is 
 is computed in the forward pass, and the backward only scales it by each token's cotangent. So one pass over the head
 serves any loss whose weights are functions of the returned nll (D-PACE's label probability is exp(-nll)).
 
+Tokens that no loss or metric reads (`needed`) are moved behind the others, and only as many chunks are computed as hold
+needed ones: the number is read on the device, so any share of needed tokens is exact, and pays for itself alone.
+
 Dim suffixes: r rows, t tokens (c in a chunk), h model width, v vocabulary.
 """
 
@@ -13,17 +16,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxdraft.ops.hopper import on_one_hopper
 
-_LOGIT_BYTES = 2**30  # logits of one chunk
+LOGIT_BYTES = 2**30  # logits of one chunk; the softmax weights take as much
 
 
 def linear_cross_entropy(
     hidden: Float[Array, "r t h"],
     head: Float[Array, "v h"],
     labels: Int[Array, "r t"],
+    needed: Bool[Array, "r t"] | None = None,
     *,
     multiplier: float | None = None,
     softcap: float | None = None,
@@ -36,6 +40,7 @@ def linear_cross_entropy(
       hidden: final hidden states; rows stay a batch dimension, so that they may be sharded.
       head: frozen LM head; its gradient is not computed (zero).
       labels: token ids below v.
+      needed: tokens to compute; the others get nll 0, predicted 0 and no gradient. None: all.
       multiplier, softcap: logits become softcap·tanh(multiplier·logits / softcap); None leaves either out.
       chunk_tokens: tokens a row of one chunk; None chooses by memory.
       logits_dtype: storage of the logits between passes; None: that of `hidden`. The label's own logit is always
@@ -47,11 +52,13 @@ def linear_cross_entropy(
     """
     t = hidden.shape[1]
     dtype = jnp.dtype(logits_dtype or hidden.dtype)
+    if needed is None:
+        needed = jnp.ones(labels.shape, bool)
     if chunk_tokens is None:
-        chunk_tokens = max(1, _LOGIT_BYTES // (dtype.itemsize * hidden.shape[0] * head.shape[0]))
+        chunk_tokens = max(1, LOGIT_BYTES // (dtype.itemsize * hidden.shape[0] * head.shape[0]))
     # Equal chunks: the padding of the last one is wasted work.
     chunk_tokens = -(-t // -(-t // chunk_tokens))
-    return _chunked(hidden, head, labels, multiplier, softcap, chunk_tokens, dtype)
+    return _chunked(hidden, head, labels, needed, multiplier, softcap, chunk_tokens, dtype)
 
 
 def reference(hidden, head, labels, *, multiplier: float | None = None, softcap: float | None = None):
@@ -68,74 +75,95 @@ def _transform(logits, multiplier, softcap):
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _chunked(hidden, head, labels, multiplier, softcap, chunk_tokens, dtype):
-    nll, predicted, _ = _scan(hidden, head, labels, multiplier, softcap, chunk_tokens, dtype, with_gradient=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _chunked(hidden, head, labels, needed, *options):
+    nll, predicted = _compacted(hidden, head, labels, needed, *options, with_gradient=False)
     return nll, predicted
 
 
-def _chunked_forward(hidden, head, labels, multiplier, softcap, chunk_tokens, dtype):
-    nll, predicted, gradient = _scan(hidden, head, labels, multiplier, softcap, chunk_tokens, dtype, with_gradient=True)
+def _chunked_forward(hidden, head, labels, needed, *options):
+    nll, predicted, gradient = _compacted(hidden, head, labels, needed, *options, with_gradient=True)
     return (nll, predicted), gradient
 
 
-def _chunked_backward(multiplier, softcap, chunk_tokens, dtype, gradient, cotangents):
-    d_nll, _ = cotangents  # `predicted` is an integer
-    return (d_nll[..., None] * gradient).astype(gradient.dtype), None, None
+def _chunked_backward(*arguments):
+    *_, gradient, (d_nll, _) = arguments  # `predicted` is an integer
+    return (d_nll[..., None] * gradient).astype(gradient.dtype), None, None, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _statistics_kernel(raw, labels, label_logits):
-    from jaxdraft.ops import logit_statistics_mosaic  # needs a jaxlib with GPU support
+def _compacted(hidden, head, labels, needed, multiplier, softcap, chunk_tokens, dtype, *, with_gradient: bool):
+    """(nll, predicted and, where asked for, d nll / d hidden), zero for tokens that are not needed."""
+    t = hidden.shape[1]
+    padding = ((0, 0), (0, -t % chunk_tokens))
+    needed = jnp.pad(needed, padding)
+    order = jnp.argsort(~needed, axis=1, stable=True)  # the needed ones first
+    place = jnp.cumsum(needed, axis=1) - 1  # of a needed token in that order
+    hidden, labels = (_take(jnp.pad(x, padding + ((0, 0),) * (x.ndim - 2)), order) for x in (hidden, labels))
 
-    flat = raw.reshape(-1, raw.shape[-1]), labels.reshape(-1), label_logits.reshape(-1)
-    return tuple(x.reshape(labels.shape) for x in logit_statistics_mosaic.lse_and_argmax(*flat))
+    def chunk(i, results):
+        part = [jax.lax.dynamic_slice_in_dim(x, i * chunk_tokens, chunk_tokens, axis=1) for x in (hidden, labels)]
+        computed = _chunk(*part, head, multiplier, softcap, dtype, with_gradient=with_gradient)
+        return [
+            jax.lax.dynamic_update_slice_in_dim(whole, x, i * chunk_tokens, axis=1)
+            for whole, x in zip(results, computed, strict=True)
+        ]
+
+    results = [jnp.zeros(labels.shape, jnp.float32), jnp.zeros(labels.shape, jnp.int32)]
+    results += [jnp.zeros_like(hidden)] * with_gradient
+    chunks = -(-jnp.max(jnp.sum(needed, axis=1)) // chunk_tokens)
+    results = jax.lax.fori_loop(0, chunks, chunk, results)
+    place, needed = place[:, :t], needed[:, :t]
+    return [jnp.where(_like(needed, x), _take(x, place), 0) for x in results]
 
 
-def _scan(hidden, head, labels, multiplier, softcap, chunk_tokens, dtype, *, with_gradient: bool):
-    r, t, h = hidden.shape
-    token_ids = jnp.arange(head.shape[0])
-    plain = multiplier is None and softcap is None
-    kernel = plain and head.shape[0] % 8 == 0 and head.shape[0] >= 4096 and on_one_hopper()
+def _take(x, index):
+    return jnp.take_along_axis(x, _like(index, x), axis=1, mode="clip")
 
-    def chunk(_, x):
-        hidden_rch, labels_rc = x
-        raw = jnp.einsum("rch,vh->rcv", hidden_rch, head, preferred_element_type=dtype)
-        logits = _transform(raw.astype(jnp.float32), multiplier, softcap)
-        # Comparisons instead of gathers and argmax: they fuse, and work on a vocabulary split over devices.
-        is_label = token_ids == labels_rc[..., None]
-        if dtype.itemsize < 4:
-            exact = jnp.einsum("rch,rch->rc", hidden_rch, head[labels_rc], preferred_element_type=jnp.float32)
-            label_logits = _transform(exact, multiplier, softcap)
-            logits = jnp.where(is_label, label_logits[..., None], logits)
-        else:
-            label_logits = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
-        if kernel:
-            lse, predicted = _statistics_kernel(raw, labels_rc, label_logits)
-        else:
-            peak = jnp.max(logits, axis=-1, keepdims=True)
-            lse = peak[..., 0] + jnp.log(jnp.sum(jnp.exp(logits - peak), axis=-1))
-            predicted = jnp.min(jnp.where(logits == peak, token_ids, head.shape[0]), axis=-1).astype(jnp.int32)
-        nll = lse - label_logits
-        if not with_gradient:
-            return None, (nll, predicted, None)
-        d_logits = jnp.exp(logits - lse[..., None]) - is_label
-        if softcap is not None:
-            d_logits = d_logits * (1.0 - jnp.square(logits / softcap))
-        if multiplier is not None:
-            d_logits = d_logits * multiplier
-        gradient = jnp.einsum("rcv,vh->rch", d_logits.astype(head.dtype), head, preferred_element_type=jnp.float32)
-        return None, (nll, predicted, gradient.astype(hidden.dtype))
 
-    padding = -t % chunk_tokens
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(r, -1, chunk_tokens, h)
-    labels = jnp.pad(labels, ((0, 0), (0, padding))).reshape(r, -1, chunk_tokens)
-    _, outputs = jax.lax.scan(chunk, None, (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(labels, 1, 0)))
+def _like(x, other):
+    return x.reshape(x.shape + (1,) * (other.ndim - x.ndim))
 
-    def rejoin(x):
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(r, t + padding, *x.shape[3:])[:, :t]
 
-    return jax.tree.map(rejoin, outputs)
+def _chunk(hidden, labels, head, multiplier, softcap, dtype, *, with_gradient: bool):
+    """The same of one chunk [r, c, h]. Comparisons instead of gathers and argmax: they fuse, and work on a vocabulary
+    split over devices."""
+    raw = jnp.einsum("rch,vh->rcv", hidden, head, preferred_element_type=dtype)
+    head_rch = head[labels]
+    exact = _transform(
+        jnp.einsum("rch,rch->rc", hidden, head_rch, preferred_element_type=jnp.float32), multiplier, softcap
+    )
+    if multiplier is None and softcap is None and softmax_kernel_fits(head.shape[0]):
+        from jaxdraft.ops.softmax_mosaic import softmax_weights  # needs a jaxlib with GPU support
+
+        flat = raw.reshape(-1, raw.shape[-1]), labels.reshape(-1), exact.reshape(-1)
+        outputs = softmax_weights(*flat, with_weights=with_gradient)
+        weights, scale, lse, predicted = (x if x is None else x.reshape(*labels.shape, *x.shape[1:]) for x in outputs)
+    else:
+        token_ids = jnp.arange(head.shape[0])
+        is_label = token_ids == labels[..., None]
+        logits = jnp.where(is_label, exact[..., None], _transform(raw.astype(jnp.float32), multiplier, softcap))
+        peak = jnp.max(logits, axis=-1, keepdims=True)
+        total = jnp.sum(jnp.exp(logits - peak), axis=-1)
+        lse, scale = peak[..., 0] + jnp.log(total), 1.0 / total
+        predicted = jnp.min(jnp.where(logits == peak, token_ids, head.shape[0]), axis=-1).astype(jnp.int32)
+        weights = jnp.where(is_label, 0.0, jnp.exp(logits - peak) * _slope(logits, multiplier, softcap))
+    nll = lse - exact
+    if not with_gradient:
+        return nll, predicted
+    # The label's own column apart from the others, so that 1 - p keeps its resolution where p is almost 1.
+    others = jnp.einsum("rcv,vh->rch", weights.astype(head.dtype), head, preferred_element_type=jnp.float32)
+    own = jnp.expm1(-nll) * _slope(exact, multiplier, softcap)
+    return nll, predicted, (others * scale[..., None] + own[..., None] * head_rch).astype(hidden.dtype)
+
+
+def _slope(logits, multiplier, softcap):
+    """The derivative of `_transform`, from its result."""
+    slope = 1.0 if multiplier is None else multiplier
+    return slope if softcap is None else slope * (1.0 - jnp.square(logits / softcap))
+
+
+def softmax_kernel_fits(vocab_size: int) -> bool:
+    return vocab_size % 8 == 0 and vocab_size >= 8192 and on_one_hopper()

@@ -129,3 +129,10 @@ def test_unknown_implementation_is_refused():
     arrays, intervals = random_inputs(SHAPES[1], 0, per_slot=False)
     with pytest.raises(ValueError, match="attention='flash' is unknown"):
         block_attention(*arrays, *intervals, causal=False, scale=1.0, implementation="flash")
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there the kernels may run")
+def test_kernels_without_a_hopper_gpu_are_refused():
+    arrays, intervals = random_inputs(SHAPES[1], 0, per_slot=False)
+    with pytest.raises(ValueError, match=r"attention='mosaic' needs a Hopper GPU, but .* CPU; use attention='auto'"):
+        block_attention(*arrays, *intervals, causal=False, scale=1.0, implementation="mosaic")

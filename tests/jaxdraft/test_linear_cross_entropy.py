@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdraft.losses import LossConfig, dpace_weights
+from jaxdraft.ops import linear_cross_entropy as module
 from jaxdraft.ops.linear_cross_entropy import linear_cross_entropy, reference
 
 
@@ -128,3 +129,51 @@ def test_no_array_is_larger_than_a_chunk(with_gradient):
 
     compiled = jax.jit(jax.grad(f) if with_gradient else f).lower(hidden).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 6 * 4 * chunk * v < 4 * t * v
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 1.0])
+def test_tokens_that_are_not_needed_cost_nothing_and_change_nothing(share, dtype):
+    """Any share of needed tokens, rows with different ones: the same numbers; NaN elsewhere is never seen."""
+    hidden, head, labels, weights = random_inputs(7, 3, 23, 67, 8, dtype)
+    needed = jnp.asarray(np.random.default_rng(8).random(labels.shape) < share).at[1].set(False)
+    spoiled = jnp.where(needed[..., None], hidden, jnp.nan)
+    weights = weights * needed
+
+    def loss(hidden, needed):
+        nll, predicted = linear_cross_entropy(hidden, head, labels, needed, chunk_tokens=5)
+        return jnp.sum(nll * weights), (nll, predicted)
+
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, (nll, predicted)), gradient = both(spoiled, needed)
+    (_, (expected, expected_predicted)), expected_gradient = both(hidden, jnp.ones_like(needed))
+    np.testing.assert_array_equal(nll, jnp.where(needed, expected, 0))
+    np.testing.assert_array_equal(predicted, jnp.where(needed, expected_predicted, 0))
+    np.testing.assert_array_equal(gradient, jnp.where(needed[..., None], expected_gradient, 0))
+
+
+def test_only_the_chunks_of_needed_tokens_are_computed(monkeypatch):
+    monkeypatch.setattr(module, "_chunk", counted := CountedChunks(module._chunk))
+    hidden, head, labels, _ = random_inputs(9, 2, 20, 31, 4)
+    for count, chunks in ((0, 0), (1, 1), (5, 1), (6, 2), (20, 4)):
+        counted.calls = 0
+        needed = jnp.zeros(labels.shape, bool).at[1, :count].set(True)
+        jax.block_until_ready(
+            jax.jit(functools.partial(linear_cross_entropy, chunk_tokens=5))(hidden, head, labels, needed)
+        )
+        jax.effects_barrier()
+        assert counted.calls == chunks
+
+
+class CountedChunks:
+    """`_chunk` that counts how often it runs."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def count(self):
+        self.calls += 1
+
+    def __call__(self, *args, **options):
+        jax.debug.callback(self.count)
+        return self.function(*args, **options)

@@ -118,7 +118,12 @@ def test_only_the_expected_collectives(sizes):
     predicted = (rows, ANCHORS * (b - 1))  # of the cross entropy, one for each predicted slot
     weights, shards = (parameter_shapes(sizes, split=axes) for axes in (("tensor",), ("fsdp", "tensor")))
     bad_rows, sums = (ROWS,), {(), (2,), (b - 1,)}
-    context, blocks = (rows, ROW_TOKENS, h), (rows, ANCHORS, b, h)
+    context, blocks = (rows, ROW_TOKENS, h), {(rows, ANCHORS, n, h) for n in (2, b, b - 1)}  # in, within, out
+    # Keys and values of the context: every layer's weights in one product.
+    kv = 2 * CONFIG.num_layers
+    weights, shards = (
+        x | {(kv, *shape) for s in x if len(s) == 3 for shape in (s, (*s[1:], s[0]))} for x in (weights, shards)
+    )
 
     # What each mesh axis is expected to send.
     gathers, reduces, permutes = {bad_rows}, weights | shards | sums, set()
@@ -126,7 +131,8 @@ def test_only_the_expected_collectives(sizes):
         gathers |= weights  # just before use
     if tensor > 1:
         gathers |= {context}  # c, K times smaller than the features
-        reduces |= {blocks, context, predicted, (*predicted, h), (rows,)}  # row-parallel products; statistics of logits
+        reduces |= blocks | {context}  # row-parallel products
+        reduces |= {predicted, (*predicted, h), (rows,)}  # statistics of logits
         reduces |= {(rows, ANCHORS, h), (1, h)}  # embeddings, the vocabulary being split
         permutes |= {(1, h)}  # MASK's
     allowed = {"all-gather": gathers, "all-reduce": reduces, "collective-permute": permutes}
@@ -136,5 +142,5 @@ def test_only_the_expected_collectives(sizes):
         assert ("all-gather", context) in found
     if fsdp > 1:
         assert {shape for kind, shape in found if kind == "all-gather"} >= {
-            shape for shape in weights if len(shape) > 1
+            shape for shape in weights if 1 < len(shape) < 4
         }

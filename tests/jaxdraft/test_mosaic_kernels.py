@@ -77,17 +77,25 @@ def test_tiles_cover_what_queries_see(seed, keys):
 
 @interpreted
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("v", [4096, 9736])
-def test_logit_statistics(v, dtype):
-    from jaxdraft.ops.logit_statistics_mosaic import lse_and_argmax
+@pytest.mark.parametrize("v", [8192, 9736])
+def test_softmax_weights(v, dtype):
+    """Labels at both ends; row 4 ends far above what its beginning lets expect, and is walked twice."""
+    from jaxdraft.ops.softmax_mosaic import softmax_weights
 
-    rng = np.random.default_rng(v)
-    logits = jnp.asarray(5 * rng.normal(size=(4, v)), dtype)
-    labels, exact = jnp.asarray([0, 7, v - 1, v - 1]), jnp.asarray([30.0, 1.0, 31.0, -5.0])
-    lse, argmax = lse_and_argmax(logits, labels, exact, interpret=True)
-    expected = logits.astype(jnp.float32).at[jnp.arange(4), labels].set(exact)
+    rows, rng = jnp.arange(5), np.random.default_rng(v)
+    logits = jnp.asarray(5 * rng.normal(size=(5, v)), dtype).at[4, v - 9].set(200.0)
+    labels, exact = jnp.asarray([0, 7, v - 1, v - 1, 5]), jnp.asarray([30.0, 1.0, 31.0, -5.0, 2.0])
+    weights, scale, lse, argmax = softmax_weights(logits, labels, exact, interpret=True)
+    expected = logits.astype(jnp.float32).at[rows, labels].set(exact)
     np.testing.assert_allclose(lse, jax.nn.logsumexp(expected, axis=-1), rtol=1e-6)
     np.testing.assert_array_equal(argmax, jnp.argmax(expected, axis=-1))
+    others = jax.nn.softmax(expected, axis=-1).at[rows, labels].set(0.0)
+    np.testing.assert_allclose(
+        weights * scale[:, None], others, rtol=2e-5 if dtype == jnp.float32 else 2**-7, atol=1e-30
+    )
+    nothing, *statistics = softmax_weights(logits, labels, exact, with_weights=False, interpret=True)
+    assert nothing is None
+    np.testing.assert_allclose(statistics[1], lse, rtol=1e-6)
 
 
 def test_auto_is_plain_xla_without_a_hopper_gpu():
