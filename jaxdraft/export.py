@@ -14,7 +14,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 
 from jaxdraft.checkpoint import Checkpoints, load_params
 from jaxdraft.cli import parse_options, run_command
+from jaxdraft.curves import curves_svg, read_metrics
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import tensor_table, to_tensors
 from jaxdraft.model_card import model_card
@@ -61,7 +62,7 @@ def export_draft(
       form: of config.json; "speculators" is vLLM's.
       capture: what a feature is, "layer_output" or "next_layer_input"; the serving engine has to mean the same.
       provenance: more for `export.json`, for example the run and the step.
-      card: more for the model card: `recipe`, `data` and `summary` of `jaxdraft.model_card.model_card`.
+      card: more for the model card, see `write_card`.
 
     Raises:
       ValueError: a tensor is missing, extra, misshapen, not finite or constant; the draft does not fit the target; or
@@ -99,7 +100,7 @@ def export_draft(
             **(provenance or {}),
         }
         _write_json(unfinished / "export.json", about)
-        (unfinished / "README.md").write_text(model_card(config, about, **(card or {})))
+        write_card(unfinished, config, **(card or {}))
         _put_in_place(unfinished, directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -114,10 +115,18 @@ def modeling_file() -> Path:
     return Path(directory) / "remote_code" / "dflash.py"
 
 
-def write_card(directory: str | Path, config: DraftConfig, **card: Any) -> None:
-    """Write an export's README.md anew, when more is known; `card` as of `model_card.model_card`."""
-    about = json.loads((Path(directory) / "export.json").read_text())
-    (Path(directory) / "README.md").write_text(model_card(config, about, **card))
+def write_card(
+    directory: str | Path, config: DraftConfig, *, metrics: Sequence[dict[str, Any]] = (), **card: Any
+) -> None:
+    """Write an export's README.md, and curves.svg where `metrics` (lines of metrics.jsonl) make curves.
+
+    The rest is of `model_card.model_card`: `recipe`, `data`, `summary`. May be called again when more is known.
+    """
+    directory = Path(directory)
+    about = json.loads((directory / "export.json").read_text())
+    if curves := curves_svg(metrics):
+        (directory / "curves.svg").write_text(curves)
+    (directory / "README.md").write_text(model_card(config, about, has_curves=bool(curves), **card))
 
 
 def hf_config(config: DraftConfig, target: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -298,15 +307,19 @@ def export_run(arguments: Arguments) -> Path:
         form=arguments.format,
         capture=meta["capture"],
         provenance={"run": meta["config"]["name"], "step": meta["step"], "target": target},
-        card={"recipe": meta["config"], "summary": _summary_of(run_dir, meta["step"])},
+        card={"recipe": meta["config"], **_known_of(run_dir, meta["step"])},
     )
 
 
-def _summary_of(run_dir: Path, step: int) -> dict[str, Any] | None:
-    """The run's evaluation, where it is one of this step."""
+def _known_of(run_dir: Path, step: int) -> dict[str, Any]:
+    """What a run's directory tells the model card: curves, data, and the evaluation where that is of this step."""
     file = run_dir / "summary.json"
     summary = json.loads(file.read_text()) if file.is_file() else {}
-    return summary if summary.get("steps") == step else None
+    return {
+        "metrics": read_metrics(run_dir / "metrics.jsonl", step),
+        "data": summary.get("data"),
+        "summary": summary if summary.get("steps") == step else None,
+    }
 
 
 def main() -> None:

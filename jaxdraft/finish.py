@@ -14,6 +14,7 @@ from rich.console import Console
 from jaxdraft.bridges import Bridge
 from jaxdraft.checkpoint import Checkpoints, as_json
 from jaxdraft.config import Config
+from jaxdraft.curves import read_metrics
 from jaxdraft.distributed import is_first
 from jaxdraft.eval_result import EvalResult, summarise
 from jaxdraft.evaluate import choose_samples, decode_with
@@ -101,8 +102,9 @@ def finish(
     if result is not None:
         num_images = np.frombuffer(bridge.ready.indexes["eval"].num_images, np.uint8)
         summary["tau_table"] = [dataclasses.asdict(bucket) for bucket in tau_table(result, num_images)]
+    summary["data"] = {split: table.counts for split, table in bridge.ready.indexes.items()}
     write_json(run_dir / "summary.json", summary)
-    counts = {split: table.counts for split, table in bridge.ready.indexes.items()}
-    write_card(exported, draft, recipe=as_json(config), data=counts, summary=summary)
+    metrics = read_metrics(run_dir / "metrics.jsonl", last)
+    write_card(exported, draft, metrics=metrics, recipe=as_json(config), data=summary["data"], summary=summary)
     print_summary(console, summary)
     return summary

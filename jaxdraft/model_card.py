@@ -35,6 +35,18 @@ Greedy output is the target's own whatever the draft proposes; a draft that is r
 `python -m jaxdraft.check --draft THIS_DIRECTORY --config ...` compares what each program makes of it.
 """
 
+SERVE_SPECULATORS = """## Serving
+
+vLLM, which finds the target by this directory's config.json (not run by the program that wrote this card):
+
+```bash
+vllm serve THIS_DIRECTORY
+```
+
+The tensors are those of the DFlash form, which z-lab's code, SpecForge and SGLang load; `python -m jaxdraft.convert
+--draft THIS_DIRECTORY --target {target} --output DIR` writes it. A layer's id is one more here than there.
+"""
+
 
 def model_card(
     config: DraftConfig,
@@ -43,6 +55,7 @@ def model_card(
     recipe: Mapping[str, Any] | None = None,
     data: Mapping[str, Mapping[str, int]] | None = None,
     summary: Mapping[str, Any] | None = None,
+    has_curves: bool = False,
 ) -> str:
     """The card as Markdown; a part that nothing is known of says so.
 
@@ -51,6 +64,7 @@ def model_card(
       recipe: the run's config as JSON.
       data: counts by split, as the index found them.
       summary: of an evaluation (`jaxdraft.eval_result.summarise`), with `tau_table` where there is one.
+      has_curves: whether there is a curves.svg beside it.
     """
     target = about.get("target", "TARGET")
     shape = {
@@ -70,9 +84,12 @@ def model_card(
         "## Acceptance",
         _acceptance(summary),
         "## Training",
+        "![loss and tau over the steps of the run](curves.svg)" if has_curves else "",
         _recipe(recipe),
         _data(data),
-        SERVE.format(target=target, proposed=config.block_size - 1),
+        (SERVE_SPECULATORS if about.get("form") == "speculators" else SERVE).format(
+            target=target, proposed=config.block_size - 1
+        ),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 

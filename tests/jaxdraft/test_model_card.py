@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from xml.etree import ElementTree
 
 import pytest
 from test_export import CONFIG, SLIDING, TARGET, random_tensors
@@ -9,6 +10,7 @@ from test_export import CONFIG, SLIDING, TARGET, random_tensors
 from feature_bridge.cpu_stand_ins import torchvision_ops
 from jaxdraft.checkpoint import as_json
 from jaxdraft.config import Config, DataConfig, TargetConfig
+from jaxdraft.curves import PANEL_W, curves_svg, read_metrics
 from jaxdraft.export import export_draft, write_card
 from jaxdraft.model_card import model_card
 
@@ -69,6 +71,7 @@ def test_the_card_says_what_is_known(tmp_path):
     (directory / "README.md").unlink()
     write_card(directory, CONFIG, **card)
     assert (directory / "README.md").read_text() == text
+    assert "curves" not in text
     for words in (
         "| modality text | 3 | 9 | 2.50 | 2.00 - 3.00 |",
         "| used | 69 | 0 |",
@@ -77,3 +80,45 @@ def test_the_card_says_what_is_known(tmp_path):
     ):
         assert words in text
     assert "really decoded" not in text
+
+
+def metrics(steps):
+    """Of a run: train lines, and an evaluation every 100 steps; one step's tau is not known."""
+    for step in range(1, steps + 1):
+        tau = None if step == 7 else 1 + step / steps
+        yield {"step": step, "split": "train", "loss": 8 - 6 * step / steps, "tau": tau}
+        if step % 100 == 0:
+            yield {"step": step, "split": "eval", "loss": 2.5, "tau": 1.5, "tau_replay": 1.25}
+
+
+def test_the_curves_are_drawn_to_scale(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in metrics(400)))
+    lines = read_metrics(file, 300)
+    assert max(line["step"] for line in lines) == 300
+    assert read_metrics(tmp_path / "none.jsonl", 300) == []
+    directory = export_draft(random_tensors(), CONFIG, TARGET, tmp_path / "draft", card={"metrics": lines})
+    assert "](curves.svg)" in (directory / "README.md").read_text()
+    root = ElementTree.parse(directory / "curves.svg").getroot()
+    drawn = [
+        [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+        for line in root.iter("{http://www.w3.org/2000/svg}polyline")
+    ]
+    loss, loss_eval, tau, tau_eval, replay = drawn
+    assert [len(points) for points in drawn] == [150, 3, 150, 3, 3]
+    assert loss == sorted(loss)
+    assert [y for _, y in loss] == sorted(y for _, y in loss)  # it falls: y grows downwards
+    assert [y for _, y in tau] == sorted((y for _, y in tau), reverse=True)
+    assert len({y for _, y in loss_eval}) == 1
+    assert tau_eval[0][1] < replay[0][1]
+    assert loss_eval[-1][0] - loss_eval[0][0] == pytest.approx(PANEL_W * 200 / 300, abs=0.2)
+    assert curves_svg([]) == curves_svg(lines[:1]) == ""
+    assert curves_svg(lines[:2])  # nothing evaluated yet
+
+
+def test_the_card_of_the_other_form(tmp_path):
+    target = TARGET | {"architectures": ["X"]}
+    directory = export_draft(random_tensors(), CONFIG, target, tmp_path / "draft", form="speculators")
+    text = (directory / "README.md").read_text()
+    assert "vllm serve THIS_DIRECTORY" in text
+    assert "SGLang:" not in text
