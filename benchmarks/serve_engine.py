@@ -32,7 +32,7 @@ ENGINE = {  # what a machine needs that has SGLang without its CUDA extras; see 
     "mm_attention_backend": "triton_attn",
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
-    "mem_fraction_static": 0.3,
+    "mem_fraction_static": 0.85,  # of what is free beside other programs on the GPU; the pools below are small
     "max_total_tokens": 16384,
     "max_running_requests": 16,
     "disable_custom_all_reduce": True,
@@ -162,7 +162,7 @@ def main() -> None:
     engine = open_engine(args.target, args.draft, args.port)
     say("engine is up")
     found, records = {}, []
-    for some in batched(prompts, 32):
+    for some in batched(prompts, 12):
         for prompt, one in zip(some, answer(engine, some, args), strict=True):
             found[str(prompt.row)] = one
             text = processor.tokenizer.decode(one["tokens"][:-1])  # without the end of the turn
