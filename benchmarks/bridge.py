@@ -142,7 +142,7 @@ def run(out: Path, args: argparse.Namespace) -> None:
 
 
 def parity(out: Path, args: argparse.Namespace) -> None:
-    sizes = ("tiny",) if args.quick else ("tiny", "full")
+    sizes = ("tiny",) if args.quick else args.sizes.split(",")
     cases = [(family, size) for size in sizes for family in args.families.split(",")]
     deadline = time.monotonic() + limit(args, "parity")
 
@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=None, help="seconds of each part, in place of its own limit")
     parser.add_argument("--out", type=Path, default=None, help="logs and models; default: a new temporary folder")
     parser.add_argument("--families", default=",".join(FAMILIES), help="of the parity part")
+    parser.add_argument("--sizes", default="tiny,full", help="of the parity part")
     parser.add_argument("--dtypes", default="bfloat16,float32", help="of the parity part")
     parser.add_argument("--workers", type=int, default=0, help="parity processes at a time; default 1 quick, else 6")
     parser.add_argument("--bridge-python", default=sys.executable, help="of the environment with torch and SGLang")

@@ -133,6 +133,7 @@ def spec_of(directory: Path, dtype: str) -> TargetSpec:
 def reference(family: str, size: str, root: Path) -> None:
     """Weights and transformers' features. The errors of its own bf16 are what SGLang's are measured against."""
     directory = root / f"{family}-{size}"
+    torch.backends.cudnn.allow_tf32 = False  # on by default, for the convolution of the pictures' patches
     write_model(family, size, directory)
     features = {}
     for dtype in ("float32", "bfloat16"):

@@ -49,6 +49,7 @@ from feature_bridge.weights import share
 DEFAULT_WORKER = "feature_bridge.worker:Worker"
 _PR_SET_PDEATHSIG = 1
 _PARENT_CHECK_S = 0.5
+_SWITCH_S = 0.0002  # the thread that launches kernels gets the interpreter back this soon from those that read pictures
 
 
 class Worker(Protocol):
@@ -195,6 +196,7 @@ def main() -> int:
     parser.add_argument("--worker", default=DEFAULT_WORKER, metavar="MODULE:CLASS", help="default: %(default)s")
     args = parser.parse_args()
     faulthandler.enable()
+    sys.setswitchinterval(_SWITCH_S)
     _follow_parent()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.connect(args.socket)

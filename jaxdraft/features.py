@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from feature_bridge.contracts import Filled, FilledRow, Row
+from feature_bridge.memory import CUDA, Producer
 from jaxdraft.bridges import Bridge, BridgeError, Seat, seats, teams
 from jaxdraft.objective import Batch, batch_shardings
 
@@ -67,6 +68,7 @@ class FeatureStream:
         self._exhausted = False
         self._pending: deque[Request] = deque()  # asked for and not returned
         self._borrowed: dict[tuple[Filled, ...], Batch] = {}  # returned and not released
+        self._views = _Views()
         self._num_slots = min(bridge.num_slots for bridge in self._bridges)
         self.seconds_waiting = 0.0
 
@@ -103,9 +105,12 @@ class FeatureStream:
         batch = self._borrowed.pop(filled)
         for array in (batch.tokens, batch.segment_start, batch.loss_mask, batch.features):
             array.delete()
+        again = [(seat.device, _producers(seat.device, *where)) for seat, *where in self._parts(filled)]
         for bridge, one in zip(self._bridges, filled, strict=True):
             bridge.release(one.slot, one.generation)
         self._ask()
+        for device, producers in again:  # while the next slot is being filled, and a step runs
+            self._views.make(device, producers)
 
     def _ask(self) -> None:
         """Tops up the requests under way."""
@@ -144,9 +149,18 @@ class FeatureStream:
             for rank, seat in enumerate(team):
                 yield seat, bridge, one, rank
 
+    def _shard(self, device: jax.Device, bridge: Bridge, filled: Filled, rank: int) -> Batch:
+        rows = filled.parts[rank].rows
+        small = {
+            "num_tokens": np.asarray([row.num_tokens for row in rows], np.int32),
+            "row_ids": np.asarray([row.row_id for row in rows], np.int32),
+        }
+        views = self._views.take(device, _producers(device, bridge, filled, rank))
+        return Batch(**views, **jax.device_put(small, device))
+
     def _view(self, filled: tuple[Filled, ...]) -> Batch:
         """The filled slots as one batch of global arrays; the shard of each device is its slot's memory."""
-        shards = [Batch(**_arrays_on(seat.device, *where)) for seat, *where in self._parts(filled)]
+        shards = [self._shard(seat.device, *where) for seat, *where in self._parts(filled)]
         if self._mesh is None:
             return shards[0]
 
@@ -157,18 +171,35 @@ class FeatureStream:
         return jax.tree.map(assemble, batch_shardings(self._mesh), *shards)
 
 
-def _arrays_on(device: jax.Device, bridge: Bridge, filled: Filled, rank: int) -> dict[str, jax.Array]:
-    """The arrays of a rank's slot on `device`: views, except that a GPU needs a copy of host memory."""
+def _producers(device: jax.Device, bridge: Bridge, filled: Filled, rank: int) -> dict[str, Producer]:
+    """The arrays of a rank's slot, as `device` sees them."""
     on_host = bridge.transport != "cuda_ipc"
     device_id = 0 if on_host and device.platform != "cpu" else device.local_hardware_id
-    producers, rows = bridge.slot(filled, device_id, rank=rank), filled.parts[rank].rows
+    return bridge.slot(filled, device_id, rank=rank)
+
+
+class _Views:
+    """JAX arrays over slots, some made ahead: a view takes JAX most of a millisecond, and a slot's place is known."""
+
+    def __init__(self) -> None:
+        self._ahead: dict[Any, dict[str, jax.Array]] = {}
+
+    def make(self, device: jax.Device, producers: dict[str, Producer]) -> None:
+        """A view for the next time that this memory is filled. It must be the CPU's own or a GPU's: no copy is made."""
+        if {producer.device[0] for producer in producers.values()} == {CUDA} or device.platform == "cpu":
+            self._ahead[_place(device, producers)] = _views(device, producers)
+
+    def take(self, device: jax.Device, producers: dict[str, Producer]) -> dict[str, jax.Array]:
+        return self._ahead.pop(_place(device, producers), None) or _views(device, producers)
+
+
+def _place(device: jax.Device, producers: dict[str, Producer]) -> Any:
+    return device, tuple(producers.values())
+
+
+def _views(device: jax.Device, producers: dict[str, Producer]) -> dict[str, jax.Array]:
     arrays = {name: jax.dlpack.from_dlpack(producer, copy=False) for name, producer in producers.items()}
-    small = {
-        "num_tokens": np.asarray([row.num_tokens for row in rows], np.int32),
-        "row_ids": np.asarray([row.row_id for row in rows], np.int32),
-    }
-    # device_put leaves an array that is on the device already where it is.
-    return jax.device_put({**arrays, **small}, device)
+    return jax.device_put(arrays, device)  # where they are already, except that a GPU needs a copy of host memory
 
 
 def _global_shape(shape: tuple[int, ...], sharding: NamedSharding) -> tuple[int, ...]:

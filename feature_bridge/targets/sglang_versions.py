@@ -155,6 +155,7 @@ def start_runner(args: Any, rank: int = 0) -> Any:
 
         bootstrap.init_parallel_runtime(server_args=args, device=args.device, dist_port=port)
         bootstrap.init_layer_runtime(model_config=model_config)
+    ask_for_longest_picture_once()
     runner = ModelRunner(
         model_config=model_config,
         mem_fraction_static=args.mem_fraction_static,
@@ -197,6 +198,36 @@ def gather_columns(x: Tensor) -> Tensor:
     from sglang.srt.distributed import tensor_model_parallel_all_gather
 
     return tensor_model_parallel_all_gather(x)
+
+
+def ask_for_longest_picture_once() -> None:
+    """Up to 0.5.16 the CPU waits in every layer of the vision tower for the length of the longest picture.
+
+    A wait costs little alone, but beside a trainer it lasts until the GPU's turn comes back to this process: with 24
+    layers and three pictures, 0.2 s a row. Afterwards it is asked once for every run of the tower.
+    """
+    from sglang.srt.layers.attention import vision
+
+    attention = vision.VisionTritonAttention
+    if hasattr(vision, "resolve_precomputed_max_seqlen") or vision.envs.SGLANG_VIT_ENABLE_CUDA_GRAPH.get():
+        return
+
+    def forward(
+        self: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Any, bsz: int, seq_len: int,
+        softmax_scale: float | None = None, **_: Any,
+    ) -> Tensor:  # fmt: skip
+        ends = vision.resolve_seqlens(cu_seqlens, bsz, seq_len, device=q.device)
+        if not hasattr(ends, "known_lengths"):  # all layers get the same tensor
+            lengths = (ends[1:] - ends[:-1]).to(q.device)
+            ends.known_lengths = lengths, int(lengths.max())
+        lengths, longest = ends.known_lengths
+        output = q.new_empty(q.shape)
+        vision.context_attention_fwd(
+            q, k, v, output, ends.to(q.device), lengths, longest, is_causal=False, sm_scale=softmax_scale
+        )
+        return output
+
+    attention.forward = forward
 
 
 def start_embedding_cache(num_bytes: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import types
 from array import array
 from types import SimpleNamespace
 
@@ -117,3 +119,56 @@ def test_environment_keeps_what_the_user_has_set(monkeypatch):
     monkeypatch.delenv("SGLANG_USE_CPU_ENGINE")
     versions.set_environment("cuda")
     assert "SGLANG_USE_CPU_ENGINE" not in os.environ
+
+
+def vision_module(**more) -> types.ModuleType:
+    """`sglang.srt.layers.attention.vision` of 0.5.14, as far as it matters here. Its attention adds `longest` to q."""
+    vision = types.ModuleType("sglang.srt.layers.attention.vision")
+
+    class VisionTritonAttention:
+        def forward(self, *args, **kwargs):
+            raise AssertionError("this one waits in every layer")
+
+    def attend(q, k, v, output, ends, lengths, longest, *, is_causal, sm_scale):
+        output.copy_(q + longest)
+        assert lengths.tolist() == (ends[1:] - ends[:-1]).tolist()
+        assert (is_causal, sm_scale) == (False, 0.5)
+
+    vision.VisionTritonAttention, vision.context_attention_fwd = VisionTritonAttention, attend
+    vision.resolve_seqlens = lambda ends, bsz, seq_len, device: ends
+    vision.envs = types.SimpleNamespace(SGLANG_VIT_ENABLE_CUDA_GRAPH=types.SimpleNamespace(get=lambda: False))
+    vars(vision).update(more)
+    return vision
+
+
+def test_the_longest_picture_is_asked_for_once(monkeypatch):
+    vision = vision_module()
+    package = types.ModuleType("sglang.srt.layers.attention")
+    package.vision = vision
+    for name in ("sglang", "sglang.srt", "sglang.srt.layers"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "sglang.srt.layers.attention", package)
+    monkeypatch.setitem(sys.modules, vision.__name__, vision)
+    asked = []
+    longest = torch.Tensor.max
+
+    def counted(self, *args, **kwargs):
+        asked.append(self.tolist())
+        return longest(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "max", counted)
+    versions.ask_for_longest_picture_once()
+    attention = vision.VisionTritonAttention()
+    for lengths in ([4, 9, 2], [3]):
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        q = torch.randn(sum(lengths), 2, 3)
+        for _ in range(3):  # layers
+            out = attention.forward(q, q, q, cu_seqlens=ends, bsz=1, seq_len=len(q), softmax_scale=0.5, max_seqlen=None)
+            torch.testing.assert_close(out, q + max(lengths))
+    assert asked == [[4, 9, 2], [3]]
+
+    newer = vision_module(resolve_precomputed_max_seqlen=None)
+    untouched = newer.VisionTritonAttention.forward
+    package.vision = newer
+    versions.ask_for_longest_picture_once()
+    assert newer.VisionTritonAttention.forward is untouched
