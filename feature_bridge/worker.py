@@ -88,7 +88,9 @@ class Worker:
         threads = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
         # Among the ranks of one target; its own collectives are the target's.
         self._ranks = torch.distributed.new_group(backend="gloo") if spec.rank.count > 1 else None
-        self._background = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
+        # Beside a GPU: torch's own threads for every picture would take the cores from whoever launches its kernels.
+        alone = {"initializer": torch.set_num_threads, "initargs": (1,)} if torch.cuda.is_available() else {}
+        self._background = ThreadPoolExecutor(threads, thread_name_prefix="pictures", **alone)
         self._ahead: dict[tuple[Split, int], Future[Prepared]] = {}
         self.ready = Ready(
             schema_version=SCHEMA_VERSION,
@@ -218,7 +220,9 @@ class Worker:
                 pixel_values=None if pixel_values is None else torch.from_numpy(pixel_values),
                 image_grids=tuple(Grid(*grid) for grid in grids),
             )
-            return replace(left, request=self.target.prepare(request))
+            return replace(
+                left, request=self.target.prepare(replace(request, pixel_values=_pinned(request.pixel_values)))
+            )
         except (MediaError, ValueError, OSError) as error:
             return replace(left, skip=Skip(where=left.where, reason=str(error)))
 
@@ -245,7 +249,7 @@ class Worker:
                 loss_mask[span] = sample.sample.loss_mask
                 used.append((sample, span))
         for name, array in (("tokens", tokens), ("loss_mask", loss_mask), ("segment_start", segment_start)):
-            out[name].copy_(torch.from_numpy(array))
+            out[name].copy_(_pinned(torch.from_numpy(array)), non_blocking=True)
         place, parts = self._spec.feature_slice
         # Devices that share a row: each bridge computes it whole, to find the same faults, and writes its own part.
         # Slots on another GPU than the target: the row is put together here and goes there in one peer copy.
@@ -307,11 +311,8 @@ def find_faults(target: Target, features: Float[Tensor, "S K H"], spans: Sequenc
     if not spans:
         return []
     peak_sk = torch.linalg.vector_norm(features, torch.inf, dim=-1)
-    checked = torch.zeros(len(features), dtype=torch.bool)
-    for span in spans:
-        checked[span] = True
-    fine_sk = (torch.isfinite(peak_sk) & (peak_sk > 0)) | ~checked.to(features.device)[:, None]
-    if bool(fine_sk.all()):
+    runs = [peak_sk[run] for run, _ in _runs(spans)]  # one, as a rule
+    if all(bool(((peak > 0) & (peak < torch.inf)).all()) for peak in runs):  # NaN is neither
         return [None] * len(spans)
     faults: list[str | None] = []
     peak_sk = peak_sk.cpu()
@@ -321,6 +322,11 @@ def find_faults(target: Target, features: Float[Tensor, "S K H"], spans: Sequenc
         at = [l for l, column in zip(target.layer_ids, wrong.unbind(1), strict=True) if column.any()]
         faults.append(f"{what} features of layers {at} from {target.info.backend}" if at else None)
     return faults
+
+
+def _pinned(tensor: Tensor | None) -> Tensor | None:
+    """In memory that the GPU reads by itself: nobody waits for the copy. (Torch keeps it until the copy is done.)"""
+    return tensor if tensor is None or not torch.cuda.is_available() else tensor.pin_memory()
 
 
 def _runs(spans: Sequence[slice]) -> list[tuple[slice, slice]]:

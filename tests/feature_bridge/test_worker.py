@@ -388,9 +388,9 @@ def test_slots_on_another_gpu_are_filled_from_a_row_put_together_beside_the_targ
     written: list[tuple[int, ...]] = []
     copy = torch.Tensor.copy_
 
-    def noted(self, source, *args):
+    def noted(self, source, *args, **options):
         written.extend([tuple(source.shape)] if source.ndim == 2 else [])
-        return copy(self, source, *args)
+        return copy(self, source, *args, **options)
 
     monkeypatch.setattr(torch.Tensor, "copy_", noted)
     filled_there, there = fill(worker, *rows)
