@@ -49,6 +49,10 @@ class DataSpec:
     min_supervised: int  # samples with fewer supervised tokens are dropped: 2 x block size
     min_pixels: int | None = None
     max_pixels: int | None = None
+    video_fps: float | None = None  # frames a second that are taken of a video file; None: the video processor's own
+    video_max_frames: int | None = None
+    video_min_pixels: int | None = None  # after resizing: of all frames (Qwen3-VL, Qwen3.5) or of one (Qwen2.5-VL)
+    video_max_pixels: int | None = None
     num_workers: int = 0  # processes that tokenise; 0: as many as there are cores
     cache_dir: str | None = None  # index cache, keyed by content; None: no cache
 
@@ -250,13 +254,15 @@ class Skip:
 class IndexTable:
     """One split's index, as columns: what the row plan is computed from.
 
-    `lengths` and `supervised` are little-endian int32, one per usable sample; `num_images` uint8 (capped at 255).
+    `lengths` and `supervised` are little-endian int32, one per usable sample; `num_images` and `num_videos` uint8
+    (capped at 255).
     """
 
     digest: str
     lengths: bytes
     supervised: bytes
     num_images: bytes
+    num_videos: bytes
     sample_ids: tuple[str, ...]
     skipped: tuple[Skip, ...]
     counts: dict[str, int]  # what the table of counts shows: lines, used, truncated, dropped by reason ...

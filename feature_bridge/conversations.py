@@ -1,21 +1,35 @@
 """Records of a data file -> conversations in one form.
 
-Two forms are read: OpenAI's `messages` (content a string, or parts `text`, `image_url`, `image`) and ShareGPT's
-`conversations` (`from`/`value`), either with pictures beside it in `images` (or `image`). Pictures given beside the
-conversation stand where the text has `<image>` markers, else at the start of the first user turn (as SpecForge does).
+Two forms are read: OpenAI's `messages` (content a string, or parts `text`, `image_url`, `image`, `video_url`, `video`)
+and ShareGPT's `conversations` (`from`/`value`), either with pictures beside it in `images` (or `image`) and videos in
+`videos` (or `video`). What is given beside the conversation stands where the text has `<image>` and `<video>` markers,
+else at the start of the first user turn (as SpecForge does).
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from feature_bridge import media
+from feature_bridge import media, video
 from feature_bridge.media import Media, SampleError
+from feature_bridge.video import Video
 
-IMAGE_MARKER = "<image>"
+# How Qwen's own tools steer a single video's sampling: read, they would be another number of tokens than is counted.
+_UNREAD = (
+    "nframes",
+    "min_frames",
+    "max_frames",
+    "min_pixels",
+    "max_pixels",
+    "total_pixels",
+    "video_start",
+    "video_end",
+)
 
+_NAMES = {"image": "picture", "video": "video"}
 _ROLES = {
     "system": "system",
     "user": "user",
@@ -29,16 +43,21 @@ _ROLES = {
 class Conversation:
     """Messages as chat templates take them; it ends with an assistant turn.
 
-    `content` is a string, or, in a turn with pictures, a list of `{"type": "image"}` and `{"type": "text", "text": …}`.
+    `content` is a string, or, in a turn with pictures or videos, a list of `{"type": "image"}`, `{"type": "video"}` and
+    `{"type": "text", "text": …}`.
     """
 
     sample_id: str
     messages: tuple[dict[str, Any], ...]
     images: tuple[Media, ...]  # in the order of their places
+    videos: tuple[Video, ...] = ()
 
 
+@dataclass(frozen=True)
 class _Slot:
-    """The place of a picture that is given beside the conversation."""
+    """The place of a picture or video that is given beside the conversation."""
+
+    kind: str  # "image" or "video"
 
 
 def parse(record: Any, where: str, folder: Path) -> Conversation:
@@ -57,14 +76,15 @@ def parse(record: Any, where: str, folder: Path) -> Conversation:
     turns = record["messages"] if openai else record.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise _broken("neither 'messages' nor 'conversations' holds a list of turns")
-    beside = _pictures_beside(record)
-    marked = bool(beside) or not openai  # elsewhere "<image>" is a piece of text like any other
+    beside = _beside(record, "image") + _beside(record, "video")
+    # Elsewhere "<image>" is a piece of text like any other.
+    marked = tuple(kind for kind in _NAMES if not openai or any(visual.kind == kind for visual in beside))
 
     roles, contents, reasonings = [], [], []
     for index, turn in enumerate(turns):
         role, content, reasoning = _read_turn(turn, index)
         roles.append(role)
-        contents.append(_pieces(content, index, role, marked and role == "user"))
+        contents.append(_pieces(content, index, role, marked if role == "user" else ()))
         reasonings.append(reasoning)
     if "assistant" not in roles:
         raise _broken("no assistant turn")
@@ -72,22 +92,26 @@ def parse(record: Any, where: str, folder: Path) -> Conversation:
 
     # Nothing after the last answer is supervised, and templates render an answer otherwise once a question follows it.
     end = len(roles) - roles[::-1].index("assistant")
-    messages, images = [], []
+    messages, images, videos = [], [], []
     for role, pieces, reasoning in zip(roles[:end], contents[:end], reasonings[:end], strict=True):
-        images += [media.resolve(piece.value, folder) for piece in pieces if isinstance(piece, _Picture)]
+        seen = [piece for piece in pieces if isinstance(piece, _Visual)]
+        images += [media.resolve(piece.value, folder) for piece in seen if piece.kind == "image"]
+        videos += [video.resolve(piece.value, piece.fps, folder) for piece in seen if piece.kind == "video"]
         message = {"role": role, "content": _as_template_content(pieces)}
         messages.append(message | ({"reasoning_content": reasoning} if reasoning else {}))
     sample_id = record.get("id")
     named = isinstance(sample_id, str | int)
-    return Conversation(str(sample_id) if named else where, tuple(messages), tuple(images))
+    return Conversation(str(sample_id) if named else where, tuple(messages), tuple(images), tuple(videos))
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _Visual:
+    kind: str  # "image" or "video"
     value: Any
+    fps: Any = None  # of a video
 
 
-_Piece = str | _Picture | _Slot
+_Piece = str | _Visual | _Slot
 
 
 def _read_turn(turn: Any, index: int) -> tuple[str, Any, str]:
@@ -106,10 +130,10 @@ def _read_turn(turn: Any, index: int) -> tuple[str, Any, str]:
     return role, content, reasoning
 
 
-def _pieces(content: Any, index: int, role: str, marked: bool) -> list[_Piece]:
-    """A turn's content as texts, pictures, and places for pictures given beside the conversation."""
+def _pieces(content: Any, index: int, role: str, marked: tuple[str, ...]) -> list[_Piece]:
+    """A turn's content as texts, pictures, videos, and places for those of the `marked` kinds."""
     if isinstance(content, str):
-        return _split_markers(content) if marked else [content]
+        return _split_markers(content, marked)
     if not isinstance(content, list):
         raise _broken(
             f"turn {index} has content of type {type(content).__name__}, expected a string or a list of parts"
@@ -118,53 +142,71 @@ def _pieces(content: Any, index: int, role: str, marked: bool) -> list[_Piece]:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            pieces += _split_markers(part["text"]) if marked else [part["text"]]
-        elif kind in ("image", "image_url") and role == "user":
-            given = [part[key] for key in ("image_url", "image", "url", "path") if part.get(key) is not None]
-            pieces.append(_Picture(given[0]) if given else _Slot())
-        elif kind in ("image", "image_url"):
-            raise _broken(f"turn {index} has a picture in a {role} turn")
-        elif kind in ("video", "video_url"):  # a video's frames would become pieces here
-            raise _broken(f"turn {index} has a video, which is not read yet")
+            pieces += _split_markers(part["text"], marked)
+        elif kind in ("image", "image_url", "video", "video_url"):
+            pieces.append(_visual(part, kind.removesuffix("_url"), index, role))
         else:
-            raise _broken(f"turn {index} has a content part that is neither text nor a picture (type {kind!r})")
+            raise _broken(f"turn {index} has a content part that is no text, picture or video (type {kind!r})")
     return pieces
 
 
-def _split_markers(text: str) -> list[_Piece]:
-    pieces: list[_Piece] = []
-    for position, piece in enumerate(text.split(IMAGE_MARKER)):
-        pieces += [_Slot(), piece] if position else [piece]
-    return pieces
+def _visual(part: dict[str, Any], kind: str, index: int, role: str) -> _Visual | _Slot:
+    if role != "user":
+        raise _broken(f"turn {index} has a {_NAMES[kind]} in a {role} turn")
+    unread = [key for key in _UNREAD if part.get(key) is not None] if kind == "video" else []
+    if unread:
+        raise _broken(
+            f"turn {index} has a video with {unread[0]}, which is not read; set data.video_{{fps,max_frames}}"
+        )
+    given = [part[key] for key in (f"{kind}_url", kind, "url", "path") if part.get(key) is not None]
+    fps = part["fps"] if part.get("fps") is not None else part.get("sample_fps")
+    return _Visual(kind, given[0], fps) if given else _Slot(kind)
 
 
-def _pictures_beside(record: dict[str, Any]) -> list[_Picture]:
-    value = record.get("images") if record.get("images") is not None else record.get("image")
+def _split_markers(text: str, kinds: tuple[str, ...]) -> list[_Piece]:
+    """The text, with a slot in place of every "<image>" or "<video>" of these kinds."""
+    if not kinds:
+        return [text]
+    pieces = re.split(f"<({'|'.join(kinds)})>", text)
+    return [_Slot(piece) if position % 2 else piece for position, piece in enumerate(pieces)]
+
+
+def _beside(record: dict[str, Any], kind: str) -> list[_Visual]:
+    value = record.get(f"{kind}s") if record.get(f"{kind}s") is not None else record.get(kind)
     values = value if isinstance(value, list) else [value]
-    return [_Picture(value) for value in values if value is not None]
+    return [_Visual(kind, value) for value in values if value is not None]
 
 
-def _place(beside: list[_Picture], roles: list[str], contents: list[list[_Piece]]) -> None:
-    """Puts the pictures given beside the conversation into their places, in `contents`."""
-    slots = sum(isinstance(piece, _Slot) for pieces in contents for piece in pieces)
-    if slots and slots != len(beside):
-        raise SampleError("image placeholder count", f"image placeholder count: {slots}, pictures given: {len(beside)}")
-    if slots:
-        waiting = iter(beside)
+def _place(beside: list[_Visual], roles: list[str], contents: list[list[_Piece]]) -> None:
+    """Puts what is given beside the conversation into its places, in `contents`."""
+    unplaced = []
+    for kind, name in _NAMES.items():
+        given = [visual for visual in beside if visual.kind == kind]
+        slots = sum(piece == _Slot(kind) for pieces in contents for piece in pieces)
+        if slots and slots != len(given):
+            raise placeholder_count(kind, slots, len(given))
+        waiting = iter(given)
         for pieces in contents:
-            pieces[:] = [next(waiting) if isinstance(piece, _Slot) else piece for piece in pieces]
-    elif beside:
-        if "user" not in roles:
-            raise _broken("pictures, but no user turn to put them in")
-        first = contents[roles.index("user")]
-        first[:0] = beside
+            pieces[:] = [next(waiting) if piece == _Slot(kind) else piece for piece in pieces]
+        unplaced += [] if slots else given
+        if unplaced and "user" not in roles:
+            raise _broken(f"{name}s, but no user turn to put them in")
+    if unplaced:
+        contents[roles.index("user")][:0] = unplaced
+
+
+def placeholder_count(kind: str, places: int, given: int) -> SampleError:
+    """An error: places for "image"s or "video"s in the text are not as many as were given."""
+    return SampleError(
+        f"{kind} placeholder count", f"{kind} placeholder count: {places}, {_NAMES[kind]}s given: {given}"
+    )
 
 
 def _as_template_content(pieces: list[_Piece]) -> str | list[dict[str, str]]:
     if all(isinstance(piece, str) for piece in pieces):
         return "".join(pieces)
     nonempty = [piece for piece in pieces if piece != ""]
-    return [{"type": "text", "text": piece} if isinstance(piece, str) else {"type": "image"} for piece in nonempty]
+    return [{"type": "text", "text": piece} if isinstance(piece, str) else {"type": piece.kind} for piece in nonempty]
 
 
 def _broken(reason: str) -> SampleError:

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feature_bridge import samples
 from feature_bridge.contracts import Decode, Decoded, DecodedSample
 from feature_bridge.index import Index
 from feature_bridge.processors import Processor
+from feature_bridge.requests import request_of
 from feature_bridge.samples import Sample
-from feature_bridge.targets.base import Grid, Request, Target, placeholder_ids
+from feature_bridge.targets.base import Request, Target, placeholder_ids
 from feature_bridge.torch_draft import TorchDraft
 
 
@@ -81,16 +81,12 @@ def _greedy_once(
 
 
 def prompt_of(sample: Sample, processor: Processor) -> Request:
-    """What the sample's last answer follows: its tokens through the generation prompt, and the pictures among them.
+    """What the sample's last answer follows: its tokens through the generation prompt, and what they show.
 
-    Raises MediaError: a picture is gone or broken.
+    Raises MediaError: a picture or video is gone or broken.
     """
     end, _ = sample.last_answer
-    pixels, grids = samples.render_inputs(sample, processor)
-    grids = tuple(Grid(*grid) for grid, span in zip(grids, sample.image_spans, strict=True) if span[1] <= end)
-    if pixels is not None:
-        pixels = torch.from_numpy(pixels[: sum(grid.num_patches for grid in grids)])
-    return Request(tokens=sample.tokens[:end], pixel_values=pixels if grids else None, image_grids=grids)
+    return request_of(sample, processor, end=end)
 
 
 class Proposer(Protocol):

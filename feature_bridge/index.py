@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from feature_bridge import samples
+from feature_bridge import samples, video
 from feature_bridge.contracts import DataSpec, IndexTable, Skip, Split, TargetSpec
 from feature_bridge.media import MediaError, SampleError
 from feature_bridge.processors import Processor, load_processor
@@ -74,6 +74,7 @@ class Index:
             lengths=np.array([entry.length for entry in self.entries], "<i4").tobytes(),
             supervised=np.array([entry.supervised for entry in self.entries], "<i4").tobytes(),
             num_images=np.array([min(entry.num_images, 255) for entry in self.entries], np.uint8).tobytes(),
+            num_videos=np.array([min(entry.num_videos, 255) for entry in self.entries], np.uint8).tobytes(),
             sample_ids=tuple(entry.sample_id for entry in self.entries),
             skipped=listed,
             counts=self.counts,
@@ -100,8 +101,7 @@ def build_indexes(
         target.path,
         revision=target.revision,
         trust_remote_code=target.trust_remote_code,
-        min_pixels=data.min_pixels,
-        max_pixels=data.max_pixels,
+        data=data,
     )
     indexes: dict[Split, Index] = {}
     for split, path in (("train", data.train_path), ("eval", data.eval_path)):
@@ -154,12 +154,13 @@ def _index(
         "of them truncated": sum(entry.truncated for entry in usable),
         "of them with pictures": sum(entry.num_images > 0 for entry in usable),
         "pictures": sum(entry.num_images for entry in usable),
+        "videos": sum(entry.num_videos for entry in usable),
         "tokens": sum(entry.length for entry in usable),
         "supervised tokens": sum(entry.supervised for entry in usable),
         "skipped": len(skipped),
     }
     counts |= {f"skipped: {kind}": number for kind, number in _by_kind(skipped)}
-    digest = hashlib.blake2b(f"{INDEX_VERSION} {processor.image_fingerprint()}".encode(), digest_size=16)
+    digest = hashlib.blake2b(f"{INDEX_VERSION} {processor.media_fingerprint()}".encode(), digest_size=16)
     digest.update(b"".join(bytes.fromhex(entry.digest) for entry in usable))
     return Index(
         digest=digest.hexdigest(),
@@ -221,6 +222,7 @@ def _cache_key(source: Source, data: DataSpec, processor: Processor) -> str:
         source.digest,
         str(source.folder),
         processor.fingerprint(),
+        video.decoder(),  # without one, videos are skipped
         (data.max_length, data.too_long, data.min_supervised),
         _FIELDS,
     )

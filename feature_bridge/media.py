@@ -32,16 +32,17 @@ class SampleError(Exception):
 
 
 class MediaError(SampleError):
-    """A picture that cannot be used."""
+    """A picture or video that cannot be used."""
 
-    def __init__(self, reason: str):
-        super().__init__("broken picture", reason)
+    def __init__(self, reason: str, kind: str = "broken picture"):
+        super().__init__(kind, reason)
 
 
-def resolve(value: Any, folder: Path) -> Media:
+def resolve(value: Any, folder: Path, what: str = "picture") -> Media:
     """The reference that a record's value means; relative paths are relative to `folder`.
 
     Args:
+        what: it is, for messages.
         value: a path, `file:` URL or data URL; a dict with one of these under `url` or `path`, or with `bytes`
             (OpenAI's `image_url`, and the storage form of a `datasets` Image); or encoded bytes.
 
@@ -51,23 +52,23 @@ def resolve(value: Any, folder: Path) -> Media:
     if isinstance(value, dict):
         given = [value[key] for key in ("bytes", "url", "path") if value.get(key) is not None]
         if not given:
-            raise MediaError(f"picture without url, path or bytes: keys {sorted(value)}")
+            raise broken(what, f"without url, path or bytes: keys {sorted(value)}")
         value = given[0]
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str) or not value:
-        raise MediaError(f"picture given as {_shorten(value)}, expected a path or a URL")
+        raise broken(what, f"given as {_shorten(value)}, expected a path or a URL")
     scheme = value.split(":", 1)[0].lower() if ":" in value else ""
     if scheme == "data":
         return value
     if scheme in ("http", "https"):
-        raise MediaError(f"picture at {_shorten(value)} is remote; download it and give its path")
+        raise broken(what, f"at {_shorten(value)} is remote; download it and give its path")
     if scheme == "file":
         value = urllib.parse.unquote(urllib.parse.urlparse(value).path)
     return os.path.abspath(folder / value)
 
 
-def read(media: Media) -> bytes:
+def read(media: Media, what: str = "picture") -> bytes:
     """The encoded bytes. Raises MediaError."""
     if isinstance(media, bytes):
         return media
@@ -78,13 +79,13 @@ def read(media: Media) -> bytes:
                 raise ValueError("no comma")
             return base64.b64decode(body, validate=True) if header.endswith(";base64") else _percent_decode(body)
         except (ValueError, binascii.Error) as error:
-            raise MediaError(f"data URL does not decode: {error}") from error
+            raise broken(what, f"data URL does not decode: {error}") from error
     try:
         return Path(media).read_bytes()
     except FileNotFoundError as error:
-        raise MediaError(f"picture {media} does not exist") from error
+        raise broken(what, f"{media} does not exist") from error
     except (OSError, ValueError) as error:
-        raise MediaError(f"picture {_shorten(media)} cannot be read: {error}") from error
+        raise broken(what, f"{_shorten(media)} cannot be read: {error}") from error
 
 
 def size(encoded: bytes, name: str) -> tuple[int, int]:
@@ -109,6 +110,11 @@ def decode(encoded: bytes, name: str) -> Image.Image:
             return ImageOps.exif_transpose(picture).convert("RGB")
         except Exception as error:  # decoders of broken files raise nearly anything
             raise MediaError(f"picture {name} does not decode: {error}") from error
+
+
+def broken(what: str, reason: str) -> MediaError:
+    """An error about a "picture", or about a "video" or something of one."""
+    return MediaError(f"{what} {reason}", f"broken {what.split()[-1]}")
 
 
 def describe(media: Media) -> str:

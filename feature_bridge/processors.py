@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from feature_bridge.contracts import DataSpec
 from feature_bridge.cpu_stand_ins import torchvision_ops
 from feature_bridge.media import MediaError
+from feature_bridge.video_rules import VideoRules
 
 
 @dataclass(frozen=True, eq=False)
 class Processor:
     """What turns conversations into a target's inputs.
 
-    The token ids of a text-only target's pictures are None, and so is its image processor.
+    The token ids of a text-only target's pictures are None, and so is its image processor; `videos` is None for a
+    target that takes none.
     """
 
     tokenizer: Any
@@ -27,6 +30,8 @@ class Processor:
     image_token_id: int | None
     video_token_id: int | None
     vision_start_token_id: int | None
+    vision_end_token_id: int | None
+    videos: VideoRules | None = None
     stand_in: str | None = None  # CPU stand-in in use, if any
 
     def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
@@ -71,13 +76,13 @@ class Processor:
             self.tokenizer.backend_tokenizer.to_str(),
             self.chat_template,
             sorted(self.eos_token_ids),
-            self.image_fingerprint(),
-            (self.image_token_id, self.video_token_id, self.vision_start_token_id),
+            self.media_fingerprint(),
+            (self.image_token_id, self.video_token_id, self.vision_start_token_id, self.vision_end_token_id),
         )
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
-    def image_fingerprint(self) -> str:
-        """The settings that pixel values depend on, as text."""
+    def media_fingerprint(self) -> str:
+        """The settings that pixel values and the frames of videos depend on, as text."""
         if self.image_processor is None:
             return ""
         names = (
@@ -91,21 +96,21 @@ class Processor:
         )
         settings = {name: getattr(self.image_processor, name, None) for name in names}
         settings["size"] = [self.image_processor.size[edge] for edge in ("shortest_edge", "longest_edge")]
+        settings["videos"] = None if self.videos is None else self.videos.fingerprint()
         return json.dumps(settings, default=lambda value: list(value) if isinstance(value, tuple) else str(value))
 
 
 def load_processor(
     path: str,
     *,
+    data: DataSpec | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
 ) -> Processor:
     """Loads a target's processor, or its tokenizer where it is a text-only model.
 
     Args:
-        min_pixels, max_pixels: a picture's area after resizing, in place of the processor's own limits.
+        data: its limits for pictures and videos take the place of the processor's own.
 
     Raises:
         ValueError: no such folder, no tokenizer or chat template there, or an image processor of an unknown kind.
@@ -126,21 +131,22 @@ def load_processor(
         ) from error
     tokenizer = getattr(loaded, "tokenizer", loaded)
     eos = _eos_token_ids(transformers, path, options) | {tokenizer.eos_token_id} - {None}
-    return make_processor(loaded, eos, min_pixels=min_pixels, max_pixels=max_pixels, path=path, stand_in=stand_in)
+    return make_processor(loaded, eos, data=data, path=path, stand_in=stand_in)
 
 
 def make_processor(
     loaded: Any,
     eos_token_ids: set[int],
     *,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
+    data: DataSpec | None = None,
     path: str = "",
     stand_in: str | None = None,
 ) -> Processor:
     """Wraps a transformers processor or tokenizer that is loaded already. Raises ValueError, as `load_processor`."""
     tokenizer = getattr(loaded, "tokenizer", loaded)
     image_processor = getattr(loaded, "image_processor", None)
+    video_processor = getattr(loaded, "video_processor", None)
+    limits = data or DataSpec(train_path=None, max_length=1, min_supervised=1)
     template = getattr(loaded, "chat_template", None) or tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
@@ -149,7 +155,7 @@ def make_processor(
     if not tokenizer.is_fast:
         raise ValueError(f"target.path={path!r} has a tokenizer without character offsets; add its tokenizer.json")
     if image_processor is not None:
-        _set_pixels(image_processor, min_pixels, max_pixels)
+        _set_pixels(image_processor, limits.min_pixels, limits.max_pixels, "data.")
         if not hasattr(sys.modules[type(image_processor).__module__], "smart_resize"):
             raise ValueError(
                 f"target.path={path!r} has the image processor {type(image_processor).__name__}, "
@@ -164,17 +170,24 @@ def make_processor(
         video_token_id=getattr(loaded, "video_token_id", None),
         vision_start_token_id=getattr(loaded, "vision_start_token_id", None)
         or _token_id(tokenizer, "<|vision_start|>"),  # Qwen2.5-VL's processor does not carry it
+        vision_end_token_id=_token_id(tokenizer, "<|vision_end|>"),
+        videos=None if video_processor is None else _video_rules(loaded, video_processor, limits),
         stand_in=stand_in,
     )
 
 
-def _set_pixels(image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
+def _video_rules(loaded: Any, video_processor: Any, limits: DataSpec) -> VideoRules:
+    _set_pixels(video_processor, limits.video_min_pixels, limits.video_max_pixels, "data.video_")
+    return VideoRules(loaded, fps=limits.video_fps, max_frames=limits.video_max_frames)
+
+
+def _set_pixels(image_processor: Any, min_pixels: int | None, max_pixels: int | None, prefix: str) -> None:
     size = image_processor.size
     low = size["shortest_edge"] if min_pixels is None else min_pixels
     high = size["longest_edge"] if max_pixels is None else max_pixels
     if not 0 < low <= high:
         raise ValueError(
-            f"data.min_pixels={low} is not between 1 and data.max_pixels={high}; lower it or raise the other"
+            f"{prefix}min_pixels={low} is not between 1 and {prefix}max_pixels={high}; lower it or raise the other"
         )
     image_processor.size = type(size)(shortest_edge=low, longest_edge=high)
 

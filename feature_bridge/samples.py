@@ -17,33 +17,43 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Float32, Int, Int32, UInt8
 
-from feature_bridge import conversations, media
+from feature_bridge import conversations, media, video
 from feature_bridge.contracts import DataSpec
 from feature_bridge.media import Media, MediaError, SampleError
+from feature_bridge.placeholders import (
+    Grid,
+    Sampled,
+    Span,
+    find_placeholders,
+    picture_grid,
+    placeholder_repeats,
+    sample_frames,
+    write_videos,
+)
 from feature_bridge.processors import Processor
-
-Grid = tuple[int, int, int]
+from feature_bridge.video import Video
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One conversation as the target reads it.
 
-    `digest` covers tokens, mask and the pictures' bytes: equal digests mean equal features.
+    `digest` covers tokens, mask and the bytes of pictures and videos: equal digests mean equal features.
     """
 
     sample_id: str
-    tokens: Int32[
-        np.ndarray, " T"
-    ]  # the template's ids, every picture's placeholder repeated as often as it has tokens
+    tokens: Int32[np.ndarray, " T"]  # the template's; every picture's and frame's placeholder as often as it has tokens
     loss_mask: UInt8[np.ndarray, " T"]
     images: tuple[Media, ...]
     image_grids: tuple[Grid, ...]  # patches (t, h, w) of each picture
-    image_spans: tuple[tuple[int, int], ...]  # each picture's placeholder tokens, [start, end)
+    image_spans: tuple[Span, ...]  # each picture's placeholder tokens
     digest: str
     truncated: bool
+    videos: tuple[Video, ...] = ()
+    clips: tuple[Sampled, ...] = ()  # of each video
+    video_spans: tuple[Span, ...] = ()  # each video's tokens: placeholders, and timestamps between them
 
     @property
     def num_supervised(self) -> int:
@@ -65,25 +75,43 @@ def make_sample(
 
     Args:
         where: names the record, "train.jsonl:17".
-        folder: what relative picture paths are relative to.
-        decode: decode every picture in full, so that a broken one is found now; False where that was done before.
+        folder: what relative paths are relative to.
+        decode: decode every picture, and the frames taken of every video, so that a broken one is found now; False
+            where that was done before.
 
     Raises:
         SampleError: the sample is left out, and why.
     """
     conversation = conversations.parse(record, where, folder)
-    tokens, loss_mask, placeholders = _tokenise(conversation.messages, processor)
-    _check_placeholders(tokens, placeholders, len(conversation.images), processor)
+    encoded_videos = [video.read(each) for each in conversation.videos]
+    clips = [sample_frames(*pair, processor) for pair in zip(conversation.videos, encoded_videos, strict=True)]
+    text, starts = answer_starts(conversation.messages, processor)
+    text, starts, blocks = write_videos(text, starts, clips, processor)
+    tokens, loss_mask, offsets = _tokenise(text, starts, processor)
+    places = find_placeholders(tokens, len(conversation.images), clips, processor)
 
     grids, content_digests = [], []
     for image in conversation.images:
         encoded = media.read(image)
-        grids.append(_grid(encoded, media.describe(image), processor, decode))
+        grids.append(picture_grid(encoded, media.describe(image), processor, decode))
         content_digests.append(hashlib.blake2b(encoded, digest_size=16).digest())
-    tokens, loss_mask, spans = _expand(tokens, loss_mask, placeholders, grids, processor)
+    for each, clip in zip(encoded_videos, clips, strict=True):
+        seen = repr((clip.indices, clip.seconds_per_step)).encode()
+        content_digests.append(hashlib.blake2b(b"".join(each) + seen, digest_size=16).digest())
+    repeats = placeholder_repeats(len(tokens), places, grids, clips, processor)
+    firsts = np.concatenate([[0], np.cumsum(repeats)])  # of each token, once they are repeated
+    spans = [(int(firsts[at]), int(firsts[at + 1])) for at in places.pictures]
+    video_spans = [(int(a), int(b)) for a, b in (firsts[np.searchsorted(offsets[:, 0], block)] for block in blocks)]
+    tokens, loss_mask = np.repeat(tokens, repeats), np.repeat(loss_mask, repeats)
 
-    end = _cut(tokens, spans, data, processor)
+    end = _cut(tokens, spans, video_spans, data, processor)
     kept = sum(stop <= end for _, stop in spans)
+    kept_videos = sum(stop <= end for _, stop in video_spans)
+    if decode:
+        for each, encoded, clip in zip(conversation.videos[:kept_videos], encoded_videos, clips, strict=False):
+            video.decode(each, encoded, clip.indices)
+    all_grids = grids[:kept] + [clip.grid for clip in clips[:kept_videos]]
+    all_digests = content_digests[:kept] + content_digests[len(grids) :][:kept_videos]
     sample = Sample(
         sample_id=conversation.sample_id,
         tokens=tokens[:end],
@@ -91,8 +119,11 @@ def make_sample(
         images=conversation.images[:kept],
         image_grids=tuple(grids[:kept]),
         image_spans=tuple(spans[:kept]),
-        digest=_digest(tokens[:end], loss_mask[:end], grids[:kept], content_digests[:kept]),
+        digest=_digest(tokens[:end], loss_mask[:end], all_grids, all_digests),
         truncated=end < len(tokens),
+        videos=conversation.videos[:kept_videos],
+        clips=tuple(clips[:kept_videos]),
+        video_spans=tuple(video_spans[:kept_videos]),
     )
     if sample.num_supervised < max(1, data.min_supervised):
         cut = f" of its first {end} tokens" if sample.truncated else ""
@@ -103,13 +134,14 @@ def make_sample(
     return sample
 
 
-def picture_files(record: Any, where: str, folder: Path) -> tuple[str, ...]:
-    """Paths of the picture files a record refers to; empty for a record that is broken."""
+def media_files(record: Any, where: str, folder: Path) -> tuple[str, ...]:
+    """Paths of the picture and video files a record refers to; empty for a record that is broken."""
     try:
-        images = conversations.parse(record, where, folder).images
+        conversation = conversations.parse(record, where, folder)
     except SampleError:
         return ()
-    return tuple(image for image in images if isinstance(image, str) and not image.startswith("data:"))
+    references = [*conversation.images, *(file for each in conversation.videos for file in video.files(each))]
+    return tuple(file for file in references if isinstance(file, str) and not file.startswith("data:"))
 
 
 def render_inputs(
@@ -133,6 +165,27 @@ def render_inputs(
     if grids != sample.image_grids:
         raise MediaError(f"sample {sample.sample_id}: pictures have patch grids {grids}, expected {sample.image_grids}")
     return np.asarray(inputs["pixel_values"], np.float32), grids
+
+
+def render_videos(
+    sample: Sample, processor: Processor
+) -> tuple[Float32[np.ndarray, "patches dim"] | None, tuple[Grid, ...]]:
+    """Decodes and preprocesses the sample's videos. Returns and raises as `render_inputs`."""
+    if not sample.videos:
+        return None, ()
+    values, grids = [], []
+    for each, clip in zip(sample.videos, sample.clips, strict=True):
+        try:
+            frames = video.decode(each, video.read(each), clip.indices)
+            pixels, grid = processor.videos.pixels(frames, clip.clip, clip.indices)
+        except (MediaError, ValueError) as error:
+            raise MediaError(f"sample {sample.sample_id}: {error}") from error
+        values.append(pixels)
+        grids.append(grid)
+    expected = tuple(clip.grid for clip in sample.clips)
+    if tuple(grids) != expected:
+        raise MediaError(f"sample {sample.sample_id}: videos have patch grids {tuple(grids)}, expected {expected}")
+    return np.concatenate(values), expected
 
 
 # --- the text and its supervised part ---------------------------------------------------------------------------------
@@ -189,9 +242,10 @@ def _marked(message: dict[str, Any], mark: str) -> dict[str, Any]:
     return message | {"content": mark} | ({"reasoning_content": thought} if "reasoning_content" in message else {})
 
 
-def _tokenise(messages: Sequence[dict[str, Any]], processor: Processor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids [T] int32, loss mask [T] uint8, and the positions of the pictures' placeholders (one token each)."""
-    text, starts = answer_starts(messages, processor)
+def _tokenise(
+    text: str, starts: Sequence[int], processor: Processor
+) -> tuple[np.ndarray, np.ndarray, Int[np.ndarray, "T 2"]]:
+    """Token ids [T] int32, loss mask [T] uint8, and the characters of each token."""
     encoded = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     tokens = np.asarray(encoded["input_ids"], np.int32)
     offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
@@ -207,51 +261,21 @@ def _tokenise(messages: Sequence[dict[str, Any]], processor: Processor) -> tuple
             raise SampleError("chat template", "no end-of-turn token of the target follows an assistant turn")
         inside[ends[0] + 1 :] = False
         loss_mask[inside] = 1
-    return tokens, loss_mask, np.flatnonzero(tokens == processor.image_token_id)
+    return tokens, loss_mask, offsets
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- what fits --------------------------------------------------------------------------------------------------------
 
 
-def _check_placeholders(tokens: np.ndarray, placeholders: np.ndarray, num_images: int, processor: Processor) -> None:
-    if num_images and processor.image_processor is None:
-        raise SampleError(
-            "image placeholder count", f"image placeholder count: 0 (a text-only target), pictures: {num_images}"
-        )
-    if len(placeholders) != num_images:
-        raise SampleError(
-            "image placeholder count", f"image placeholder count: {len(placeholders)}, pictures given: {num_images}"
-        )
-    if processor.video_token_id is not None and np.any(tokens == processor.video_token_id):
-        raise SampleError("image placeholder count", "video placeholder in the text, but no video is given")
-
-
-def _grid(encoded: bytes, name: str, processor: Processor, decode: bool) -> Grid:
-    if decode:
-        width, height = media.decode(encoded, name).size
-    else:
-        height, width = media.size(encoded, name)
-    return processor.image_grid(height, width)
-
-
-def _expand(
-    tokens: np.ndarray, loss_mask: np.ndarray, placeholders: np.ndarray, grids: list[Grid], processor: Processor
-) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
-    """Repeats every placeholder as often as its picture has tokens; also returns their spans."""
-    repeats = np.ones(len(tokens), np.int64)
-    repeats[placeholders] = [processor.num_image_tokens(grid) for grid in grids]
-    ends = np.cumsum(repeats)
-    spans = [(int(ends[at] - repeats[at]), int(ends[at])) for at in placeholders]
-    return np.repeat(tokens, repeats), np.repeat(loss_mask, repeats), spans
-
-
-def _cut(tokens: np.ndarray, spans: list[tuple[int, int]], data: DataSpec, processor: Processor) -> int:
-    """How many tokens to keep: at most max_length, none of a picture that does not fit whole."""
+def _cut(
+    tokens: np.ndarray, spans: Sequence[Span], video_spans: Sequence[Span], data: DataSpec, processor: Processor
+) -> int:
+    """How many tokens to keep: at most max_length, none of a picture or a video that does not fit whole."""
     if len(tokens) <= data.max_length:
         return len(tokens)
     if data.too_long == "drop":
         raise SampleError("too long", f"{len(tokens)} tokens, more than data.max_length={data.max_length}")
-    for start, end in spans:
+    for start, end in [*spans, *video_spans]:
         first = start - (
             start > 0 and tokens[start - 1] == processor.vision_start_token_id
         )  # its opening bracket goes too

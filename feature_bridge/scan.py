@@ -39,11 +39,12 @@ class Entry:
     length: int = 0
     supervised: int = 0
     num_images: int = 0
+    num_videos: int = 0
     truncated: bool = False
     digest: str = ""
     kind: str = ""
     reason: str = ""
-    files: tuple[tuple[str, int, int], ...] = ()  # picture files: path, bytes (-1: none there), mtime in ns
+    files: tuple[tuple[str, int, int], ...] = ()  # of pictures and videos: path, bytes (-1: none there), mtime in ns
 
 
 def scan(
@@ -65,11 +66,11 @@ def scan(
 
 
 def scan_row(source: Source, row: int, processor: Processor, data: DataSpec) -> Entry:
-    """Reads one record and makes its sample once; its pictures are decoded in full."""
+    """Reads one record and makes its sample once; its pictures and videos are decoded."""
     where, files = source.where(row), ()
     try:
         record = source.read(row)
-        files = tuple(file_state(path) for path in samples.picture_files(record, where, source.folder))
+        files = tuple(file_state(path) for path in samples.media_files(record, where, source.folder))
         sample = samples.make_sample(record, where, source.folder, processor, data)
     except SampleError as error:
         return Entry(row=row, kind=error.kind, reason=error.reason, files=files)
@@ -79,6 +80,7 @@ def scan_row(source: Source, row: int, processor: Processor, data: DataSpec) -> 
         length=len(sample.tokens),
         supervised=sample.num_supervised,
         num_images=len(sample.images),
+        num_videos=len(sample.videos),
         truncated=sample.truncated,
         digest=sample.digest,
         files=files,
@@ -173,8 +175,7 @@ def _main() -> None:
         target.path,
         revision=target.revision,
         trust_remote_code=target.trust_remote_code,
-        min_pixels=data.min_pixels,
-        max_pixels=data.max_pixels,
+        data=data,
     )
     for row in _shard_rows(len(source), spec["shard"], spec["num_shards"]):
         results.write(json.dumps(dataclasses.asdict(scan_row(source, row, processor, data))) + "\n")

@@ -39,9 +39,10 @@ from feature_bridge.index import build_indexes, format_counts
 from feature_bridge.media import MediaError
 from feature_bridge.memory import CPU, CUDA, Producer
 from feature_bridge.processors import load_processor
-from feature_bridge.samples import Sample, render_inputs
+from feature_bridge.requests import request_of
+from feature_bridge.samples import Sample
 from feature_bridge.targets import load_target, read_text_config, resolve_directory
-from feature_bridge.targets.base import Grid, Request, Target
+from feature_bridge.targets.base import Request, Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +72,7 @@ class Worker:
         self.processor = load_processor(
             str(directory),
             trust_remote_code=target_spec.trust_remote_code,
-            min_pixels=spec.data.min_pixels,
-            max_pixels=spec.data.max_pixels,
+            data=spec.data,
         )
         # Before the target: the index starts processes, and those should not inherit a model.
         self.indexes = build_indexes(target_spec, spec.data, self.processor)
@@ -214,14 +214,10 @@ class Worker:
         try:
             sample = index.sample(position)
             left = replace(left, sample=sample)
-            pixel_values, grids = render_inputs(sample, self.processor)
-            request = Request(
-                tokens=sample.tokens,
-                pixel_values=None if pixel_values is None else torch.from_numpy(pixel_values),
-                image_grids=tuple(Grid(*grid) for grid in grids),
-            )
+            request = request_of(sample, self.processor)
+            pixels, frames = _pinned(request.pixel_values), _pinned(request.video_values)
             return replace(
-                left, request=self.target.prepare(replace(request, pixel_values=_pinned(request.pixel_values)))
+                left, request=self.target.prepare(replace(request, pixel_values=pixels, video_values=frames))
             )
         except (MediaError, ValueError, OSError) as error:
             return replace(left, skip=Skip(where=left.where, reason=str(error)))

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import UInt8
 from rich.console import Console
 from rich.table import Table
 
@@ -52,6 +52,7 @@ from jaxdraft.parity import (
 )
 from jaxdraft.run import Request
 from jaxdraft.target import TargetModel, open_target
+from jaxdraft.tau_table import MODALITIES
 
 # --- the directory ----------------------------------------------------------------------------------------------------
 
@@ -141,9 +142,9 @@ def check_first(
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def choose_conversations(num_images: Int[np.ndarray, " samples"]) -> dict[str, int]:
-    """The first held-out conversation of each kind that there is: text, one picture, several."""
-    kinds = {"text": num_images == 0, "one picture": num_images == 1, "several pictures": num_images > 1}
+def choose_conversations(modality: UInt8[np.ndarray, " samples"]) -> dict[str, int]:
+    """The first held-out conversation of each of the MODALITIES that there is."""
+    kinds = {name: modality == i for i, name in enumerate(MODALITIES)}
     return {kind: int(np.flatnonzero(there)[0]) for kind, there in kinds.items() if there.any()}
 
 
@@ -159,7 +160,7 @@ def check_draft(directory: str | Path, config: Config, *, num_anchors: int = 6) 
     if params is None:
         return [files]
     with open_held_out(directory, draft, target, config, log_name="check.log") as held:
-        chosen = choose_conversations(held.num_images)
+        chosen = choose_conversations(held.modality)
         conversations = []
         rows = config.rows_per_device
         requests = [

@@ -56,6 +56,14 @@ class DataConfig:
     """Smallest picture area after resizing; None: the processor's own."""
     max_pixels: int | None = None
     """Largest picture area after resizing; None: the processor's own."""
+    video_fps: float | None = None
+    """Frames a second that are taken of a video file; None: the video processor's own, or 2."""
+    video_max_frames: int | None = None
+    """Frames that are taken of a video file at most; None: the video processor's own."""
+    video_min_pixels: int | None = None
+    """Smallest size of a video after resizing, of all its frames (Qwen3-VL, Qwen3.5) or of one (Qwen2.5-VL)."""
+    video_max_pixels: int | None = None
+    """Largest size of a video after resizing, counted as video_min_pixels."""
     num_workers: int = 0
     """Processes that tokenise the data; 0: one a core."""
     cache_dir: str | None = ".cache/jaxdraft"
@@ -72,13 +80,13 @@ class DataConfig:
             "give a share of at least 0 and below 1",
         )
         _require(self.eval_rows >= 1, "data.eval_rows", self.eval_rows, "evaluate at least one row")
-        if self.min_pixels is not None and self.max_pixels is not None:
-            _require(
-                self.min_pixels <= self.max_pixels,
-                "data.min_pixels",
-                self.min_pixels,
-                f"it must not exceed data.max_pixels={self.max_pixels}",
-            )
+        for kind in ("", "video_"):
+            low, high = getattr(self, f"{kind}min_pixels"), getattr(self, f"{kind}max_pixels")
+            if low is not None and high is not None:
+                _require(low <= high, f"data.{kind}min_pixels", low, f"it must not exceed data.{kind}max_pixels={high}")
+        fps, frames = self.video_fps, self.video_max_frames
+        _require(fps is None or fps > 0, "data.video_fps", fps, "give a positive number of frames a second, e.g. 2")
+        _require(frames is None or frames >= 2, "data.video_max_frames", frames, "a video needs at least 2 frames")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt8
 from rich.console import Console
 from rich.table import Table
 
@@ -40,7 +40,7 @@ from jaxdraft.model.tensors import from_tensors
 from jaxdraft.objective import Params, Predictions
 from jaxdraft.run import make_plan, write_json
 from jaxdraft.target import open_target
-from jaxdraft.tau_table import expected_speedup, tau_table
+from jaxdraft.tau_table import MODALITIES, expected_speedup, tau_table
 from jaxdraft.train_step import StepConfig, make_eval_step
 
 __all__ = ["DecodeResult", "EvalResult", "choose_samples", "decode_with", "evaluate_batches", "evaluate_draft"]
@@ -156,10 +156,11 @@ def find_answers(rows: HostRows, filled: Sequence[Any], accept_len_at: Int[np.nd
                 sample = next(samples, None)
 
 
-def choose_samples(result: EvalResult, num_images: Int[np.ndarray, " samples"], number: int) -> tuple[int, ...]:
-    """Conversations to decode, of those that were evaluated: with and without pictures by turns, the earliest first."""
+def choose_samples(result: EvalResult, modality: UInt8[np.ndarray, " samples"], number: int) -> tuple[int, ...]:
+    """Conversations to decode, of those that were evaluated: videos, pictures and text by turns, the earliest first."""
     there = sorted({answer.sample for answer in result.answers})
-    groups = [[s for s in there if num_images[s] > 0], [s for s in there if num_images[s] == 0]]
+    kinds = (("video",), ("one picture", "several pictures"), ("text",))
+    groups = [[s for s in there if MODALITIES[modality[s]] in names] for names in kinds]
     turns = sorted((rank, g, sample) for g, group in enumerate(groups) for rank, sample in enumerate(group))
     return tuple(sorted(sample for _, _, sample in turns[:number]))
 
@@ -192,15 +193,15 @@ def evaluate_draft(
     with open_held_out(directory, draft, target, config, log_name="evaluate.log") as held:
         result = evaluate_held_out(held, tensors)
         console.print(f"{len(result.answers)} held-out answers evaluated; now decoding", highlight=False)
-        decoded, num_images, bridge = None, held.num_images, held.bridge
+        decoded, modality, bridge = None, held.modality, held.bridge
         summary = {"draft": str(directory), "target_backend": bridge.ready.target.backend}
         if config.num_decode:
-            samples = choose_samples(result, num_images, config.num_decode)
+            samples = choose_samples(result, modality, config.num_decode)
             decoded = decode_with(bridge, directory, samples, config.max_new_tokens)
             if temperature > 0:
                 sampled = decode_with(bridge, directory, samples, config.max_new_tokens, temperature=temperature)
                 summary |= {"temperature": temperature, "tau_sampled": finite(sampled.tau)}
-        table = [dataclasses.asdict(bucket) for bucket in tau_table(result, num_images)]
+        table = [dataclasses.asdict(bucket) for bucket in tau_table(result, modality)]
         return summarise(result, decoded) | summary | {"tau_table": table}
 
 

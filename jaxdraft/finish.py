@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from jaxdraft.bridges import Bridge
@@ -25,7 +24,7 @@ from jaxdraft.report import print_summary
 from jaxdraft.run import write_json
 from jaxdraft.step_log import StepLog
 from jaxdraft.target import TargetModel
-from jaxdraft.tau_table import tau_table
+from jaxdraft.tau_table import modalities, tau_table
 
 
 def finish(
@@ -77,8 +76,7 @@ def finish(
     decoded = decoded_first = None
     if decodes:
         console.print(f"decoding {config.num_decode} held-out conversations with the target ...")
-        num_images = np.frombuffer(bridge.ready.indexes["eval"].num_images, np.uint8)
-        samples = choose_samples(result, num_images, config.num_decode)
+        samples = choose_samples(result, modalities(bridge.ready.indexes["eval"]), config.num_decode)
         decoded = decode_with(bridge, exported, samples, config.max_new_tokens)
         if baseline is not None:
             decoded_first = decode_with(bridge, baseline, samples, config.max_new_tokens)
@@ -100,8 +98,8 @@ def finish(
         "tau_decoded_first": None if decoded_first is None else decoded_first.tau,
     }
     if result is not None:
-        num_images = np.frombuffer(bridge.ready.indexes["eval"].num_images, np.uint8)
-        summary["tau_table"] = [dataclasses.asdict(bucket) for bucket in tau_table(result, num_images)]
+        modality = modalities(bridge.ready.indexes["eval"])
+        summary["tau_table"] = [dataclasses.asdict(bucket) for bucket in tau_table(result, modality)]
     summary["data"] = {split: table.counts for split, table in bridge.ready.indexes.items()}
     write_json(run_dir / "summary.json", summary)
     metrics = read_metrics(run_dir / "metrics.jsonl", last)

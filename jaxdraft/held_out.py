@@ -12,13 +12,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 from jaxdraft.bridges import Bridge, open_bridge
 from jaxdraft.config import Config
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.objective import Frozen
 from jaxdraft.target import TargetModel, load_frozen
+from jaxdraft.tau_table import modalities
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +38,8 @@ class HeldOut:
     table: Any
 
     @property
-    def num_images(self) -> Int[np.ndarray, " samples"]:
-        return np.frombuffer(self.table.num_images, np.uint8)
+    def modality(self) -> UInt8[np.ndarray, " samples"]:
+        return modalities(self.table)
 
     @property
     def lengths(self) -> Int[np.ndarray, " samples"]:

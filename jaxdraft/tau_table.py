@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, UInt8
 
 from jaxdraft.eval_result import Answer, EvalResult
 from jaxdraft.replay import anchors_of
 
+MODALITIES = ("text", "one picture", "several pictures", "video")  # of what a sample shows; a video wins
 POSITIONS = (0, 32, 128, 512)  # of the anchor in its answer, tokens: [0, 32), [32, 128), ..
 LENGTHS = (0, 64, 256, 1024)  # of the answer, tokens
 
@@ -63,26 +65,32 @@ def replayed_calls(answers: Iterable[Answer], block_size: int) -> list[Call]:
     return calls
 
 
+def modalities(index: Any) -> UInt8[np.ndarray, " samples"]:
+    """Of each sample of a split's index (`feature_bridge.contracts.IndexTable`), which of MODALITIES it is."""
+    num_images, num_videos = (np.frombuffer(column, np.uint8) for column in (index.num_images, index.num_videos))
+    return np.where(num_videos > 0, MODALITIES.index("video"), np.minimum(num_images, 2)).astype(np.uint8)
+
+
 def tau_table(
-    result: EvalResult, num_images: Int[np.ndarray, " samples"], *, resamples: int = 2000, seed: int = 0
+    result: EvalResult, modality: UInt8[np.ndarray, " samples"], *, resamples: int = 2000, seed: int = 0
 ) -> list[Bucket]:
     """The whole, then the buckets that are not empty.
 
     Args:
-      num_images: pictures of each sample of the split's index.
+      modality: of each sample of the split's index: see `modalities`.
       resamples: R.
       seed: of the resampling; equal inputs give equal intervals.
     """
     calls = replayed_calls(result.answers, result.block_size)
     by: dict[str, Callable[[Call], str]] = {
         "all": lambda call: "",
-        "modality": lambda call: ("text", "one picture", "several pictures")[min(int(num_images[call.sample]), 2)],
+        "modality": lambda call: MODALITIES[modality[call.sample]],
         "position": lambda call: span_name(call.position, POSITIONS),
         "length": lambda call: span_name(call.length, LENGTHS),
     }
     orders = {
         "all": [""],
-        "modality": ["text", "one picture", "several pictures"],
+        "modality": list(MODALITIES),
         "position": [span_name(edge, POSITIONS) for edge in POSITIONS],
         "length": [span_name(edge, LENGTHS) for edge in LENGTHS],
     }

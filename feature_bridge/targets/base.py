@@ -23,7 +23,7 @@ StateOf = Callable[[Tensor, Any, Mapping[str, Any]], Tensor]
 
 
 class Grid(NamedTuple):
-    """Patches of one picture: temporal, vertical, horizontal."""
+    """Patches of one picture or video: temporal, vertical, horizontal."""
 
     t: int
     h: int
@@ -36,11 +36,14 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """One sample for the target. `tokens` are the chat template's ids, a placeholder for every image embedding."""
+    """One sample for the target. `tokens` are the chat template's ids, a placeholder for every visual embedding."""
 
     tokens: Int32[np.ndarray, " T"]
     pixel_values: Float[Tensor, "patches patch_dim"] | None = None  # the pictures' patches, one after the other
     image_grids: tuple[Grid, ...] = ()
+    video_values: Float[Tensor, "patches patch_dim"] | None = None  # the videos' patches
+    video_grids: tuple[Grid, ...] = ()
+    seconds_per_step: tuple[float, ...] = ()  # of each video, from one of its grid's t steps to the next
     prepared: Any = None  # by `Target.prepare`: the target's own, and only its own
 
 
@@ -139,8 +142,15 @@ def check_layer_ids(layer_ids: Sequence[int], num_layers: int) -> None:
         )
 
 
-def check_request(request: Request, config: Any, max_tokens: int) -> list[tuple[int, int]]:
-    """First and one-past-last token of each picture's placeholders, in order.
+class Spans(NamedTuple):
+    """Where the placeholders of a request are: first and one-past-last token of each run."""
+
+    pictures: list[tuple[int, int]]  # one a picture
+    videos: list[list[tuple[int, int]]]  # of each video, one for each run of neighbouring steps
+
+
+def check_request(request: Request, config: Any, max_tokens: int) -> Spans:
+    """The placeholders of each picture and video, in order.
 
     Raises:
       ValueError: too long, an id that is no token, or placeholders, grids and pixel values that do not fit each other.
@@ -150,27 +160,51 @@ def check_request(request: Request, config: Any, max_tokens: int) -> list[tuple[
     tokens, vocab_size = request.tokens, text_config(config).vocab_size
     if not len(tokens) or tokens.min() < 0 or tokens.max() >= vocab_size:
         raise ValueError(f"a request needs tokens with ids in [0, {vocab_size}), and got {_extremes(tokens)}")
-    image_token = getattr(config, "image_token_id", None)
-    places = np.flatnonzero(tokens == image_token) if image_token is not None else np.empty(0, np.int64)
-    if not request.image_grids:
+    pictures = _runs(request, config, "image", request.image_grids, request.pixel_values, steps=False)
+    steps = iter(_runs(request, config, "video", request.video_grids, request.video_values, steps=True))
+    if len(request.seconds_per_step) != len(request.video_grids):
+        raise ValueError(f"{len(request.video_grids)} videos, but seconds_per_step={request.seconds_per_step}")
+    return Spans(pictures, [_joined([next(steps) for _ in range(grid[0])]) for grid in request.video_grids])
+
+
+def _runs(
+    request: Request, config: Any, kind: str, grids: tuple[Grid, ...], values: Tensor | None, *, steps: bool
+) -> list[tuple[int, int]]:
+    """The run of placeholders of each grid, or of each of its t steps. Raises ValueError, as `check_request`."""
+    token = getattr(config, f"{kind}_token_id", None)
+    places = np.flatnonzero(request.tokens == token) if token is not None else np.empty(0, np.int64)
+    if not grids:
         if len(places):
-            raise ValueError(f"{len(places)} image tokens without a picture")
+            raise ValueError(f"{len(places)} {kind} tokens without {'a picture' if kind == 'image' else 'a video'}")
         return []
     vision = getattr(config, "vision_config", None)
-    if vision is None:
-        raise ValueError(f"the target ({config.model_type}) takes no pictures, and the request has some")
-    counts = [grid.num_patches // vision.spatial_merge_size**2 for grid in map(Grid._make, request.image_grids)]
+    if vision is None or token is None:
+        raise ValueError(f"the target ({config.model_type}) takes no {kind}s, and the request has some")
+    per_step = [grid[1] * grid[2] // vision.spatial_merge_size**2 for grid in grids]
+    if steps:
+        counts = [n for grid, n in zip(grids, per_step, strict=True) for _ in range(grid[0])]
+    else:
+        counts = [grid[0] * n for grid, n in zip(grids, per_step, strict=True)]
     if sum(counts) != len(places):
-        raise ValueError(f"{len(places)} image tokens, but grids {request.image_grids} make {sum(counts)}")
-    want = (sum(grid.num_patches for grid in map(Grid._make, request.image_grids)), patch_dim(vision))
-    if request.pixel_values is None or tuple(request.pixel_values.shape) != want:
-        got = None if request.pixel_values is None else tuple(request.pixel_values.shape)
-        raise ValueError(f"pixel_values of shape {got}, but grids {request.image_grids} make {want}")
+        raise ValueError(f"{len(places)} {kind} tokens, but grids {grids} make {sum(counts)}")
+    want = (sum(Grid(*grid).num_patches for grid in grids), patch_dim(vision))
+    if values is None or tuple(values.shape) != want:
+        got = None if values is None else tuple(values.shape)
+        raise ValueError(f"pixel_values of shape {got}, but grids {grids} make {want}")
     ends = np.cumsum(counts)
     spans = [(int(places[end - count]), int(places[end - 1]) + 1) for count, end in zip(counts, ends, strict=True)]
     if any(end - start != count for (start, end), count in zip(spans, counts, strict=True)):
-        raise ValueError("the image tokens of a picture are not next to each other")
+        raise ValueError(f"the {kind} tokens of a {'frame' if steps else 'picture'} are not next to each other")
     return spans
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans that touch, as one."""
+    joined = [spans[0]]
+    for start, end in spans[1:]:
+        touching = joined[-1][1] == start
+        joined[-1:] = [(joined[-1][0], end)] if touching else [joined[-1], (start, end)]
+    return joined
 
 
 def _extremes(tokens: np.ndarray) -> str:

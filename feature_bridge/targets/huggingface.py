@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from feature_bridge.contracts import TargetInfo, TargetSpec
@@ -21,6 +21,7 @@ from feature_bridge.targets.base import (
     Extended,
     LayerStates,
     Request,
+    Spans,
     check_request,
     has_deepstack,
     join,
@@ -100,13 +101,44 @@ class HuggingFaceTarget:
         device = self._model.device
         tokens = torch.from_numpy(request.tokens).long()[None].to(device)
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        if spans:
+        if spans.pictures:
             assert request.pixel_values is not None
             inputs["pixel_values"] = request.pixel_values.to(device, self._model.dtype)
             inputs["image_grid_thw"] = torch.tensor(request.image_grids, device=device)
-            # Without these (1: image) transformers would place the pictures as text.
-            inputs["mm_token_type_ids"] = (tokens == self.config.image_token_id).int()
+        if spans.videos:
+            assert request.video_values is not None
+            inputs["pixel_values_videos"] = request.video_values.to(device, self._model.dtype)
+            inputs["video_grid_thw"] = torch.tensor(request.video_grids, device=device)
+        if spans.pictures or spans.videos:
+            # Without these (1: image, 2: video) transformers would place the pictures as text.
+            is_video = tokens == getattr(self.config, "video_token_id", -1)
+            inputs["mm_token_type_ids"] = (tokens == self.config.image_token_id).int() + 2 * is_video.int()
+        if spans.videos and self.config.model_type == "qwen2_5_vl":
+            inputs["position_ids"] = timed_positions(request, spans, self.config)[:, None].to(device)
         return inputs
+
+
+def timed_positions(request: Request, spans: Spans, config: Any) -> Int64[Tensor, "3 T"]:
+    """M-RoPE positions (time, row, column) of Qwen2.5-VL, where a video's steps stand apart by their time.
+
+    Qwen2.5-VL's report (2.1.3) and SGLang's `get_rope_index`: what follows a picture or video starts one past its
+    largest position. transformers 5.12 rounds the seconds between two steps down to whole ones, and starts what follows
+    a long video within it, so it is not asked.
+    """
+    vision = config.vision_config
+    visuals = [(span, grid, 0.0) for span, grid in zip(spans.pictures, request.image_grids, strict=True)]
+    videos = zip(spans.videos, request.video_grids, request.seconds_per_step, strict=True)
+    visuals += [(span, grid, seconds) for (span,), grid, seconds in videos]  # one run each: no timestamps in between
+    positions, taken, start = [], 0, 0
+    for (first, end), (t, h, w), seconds in sorted(visuals):
+        text = torch.arange(first - taken).expand(3, -1) + start
+        start += first - taken
+        h, w = h // vision.spatial_merge_size, w // vision.spatial_merge_size
+        steps = (torch.arange(t) * seconds * vision.tokens_per_second).long()
+        place = torch.stack(torch.meshgrid(steps, torch.arange(h), torch.arange(w), indexing="ij")).flatten(1) + start
+        positions += [text, place]
+        taken, start = end, int(place.max()) + 1
+    return torch.cat([*positions, torch.arange(len(request.tokens) - taken).expand(3, -1) + start], dim=1)
 
 
 def _decoder(model: Any) -> Any:

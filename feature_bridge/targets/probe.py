@@ -99,7 +99,8 @@ def _check_pictures(target: Target, requests: list[Request], features: Tensor) -
     if len(requests) == 1:
         return
     others = probe_requests(target, seed=1)
-    (start, end), offset = check_request(requests[1], target.config, target.max_tokens)[0], len(requests[0].tokens)
+    spans, offset = check_request(requests[1], target.config, target.max_tokens), len(requests[0].tokens)
+    start, end = spans.pictures[0]
     other = target.extend(others).features
     if _same(other[offset + start : offset + end], features[offset + start : offset + end]):
         raise ValueError(f"features of image tokens do not depend on the picture{_remedy(target)}")

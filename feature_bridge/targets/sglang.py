@@ -3,26 +3,25 @@
     tokens, pictures --> Req per sample --> ScheduleBatch, ForwardBatch --> runner.forward --> captured layers
                                                                 (seen by a pre-hook on the logits processor)
 
-What differs between releases is in `sglang_versions`. Pictures go in as one item each, hashed by pixels and grid: so
-SGLang's cache of image embeddings is kept from row to row and never gives one picture's embedding to another.
+What differs between releases is in `sglang_versions`, and how pictures and videos go in is in `sglang_visuals`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from feature_bridge.contracts import Rank, TargetInfo, TargetSpec
 from feature_bridge.targets import sglang_versions as versions
-from feature_bridge.targets.base import Extended, Grid, Request, check_request, has_deepstack, join, text_config
+from feature_bridge.targets import sglang_visuals as visuals
+from feature_bridge.targets.base import Extended, Request, has_deepstack, join, text_config
 
 MAX_REQUESTS = 32  # of one extend; a row of more samples takes several. State memory of linear attention grows with it
 _ALONE = Rank()
@@ -88,7 +87,7 @@ class SGLangTarget:
             stand_ins=stand_ins,
         )
         if getattr(self.config, "vision_config", None) is not None:
-            self._model.get_image_feature = _one_by_one(self._model.get_image_feature)
+            visuals.run_one_by_one(self._model)
         self._seen: dict[str, Any] = {}
         for module in self._model.modules():
             if type(module).__name__ == "LogitsProcessor":
@@ -100,8 +99,10 @@ class SGLangTarget:
         return inner.layers
 
     def prepare(self, request: Request) -> Request:
-        """See `base.Target.prepare`: positions, and the hashes of the pictures."""
-        return request if request.prepared is not None else replace(request, prepared=self._places(request))
+        """See `base.Target.prepare`: positions, and the hashes of pictures and videos."""
+        if request.prepared is not None:
+            return request
+        return replace(request, prepared=visuals.find(request, self.config, self.max_tokens))
 
     @torch.no_grad()
     def extend(self, requests: Sequence[Request], *, last_hidden: bool = False) -> Extended:
@@ -159,7 +160,7 @@ class SGLangTarget:
         from sglang.srt.sampling.sampling_params import SamplingParams
 
         request = self.prepare(request)
-        ids, pictures = self._pictures(request)
+        ids, multimodal_inputs = visuals.sglang_inputs(request, request.prepared, self.config)
         req = Req(
             rid=str(number),
             origin_input_text="",
@@ -167,92 +168,9 @@ class SGLangTarget:
             sampling_params=SamplingParams(temperature=0, max_new_tokens=1),
         )
         req.logprob_start_len = -1  # no log-probabilities of the prompt
-        req.multimodal_inputs = pictures
+        req.multimodal_inputs = multimodal_inputs
         versions.prefill_whole(req)
         return req
-
-    def _places(self, request: Request) -> _Places:
-        """Where a request's pictures are among its tokens, which they are, and every token's M-RoPE position."""
-        spans = check_request(request, self.config, self.max_tokens)
-        if not spans:
-            return _Places(spans, (), (), None, None)
-        from sglang.srt.layers.rotary_embedding import MRotaryEmbedding
-
-        config, vision = self.config, self.config.vision_config
-        positions, delta = MRotaryEmbedding.get_rope_index(
-            spatial_merge_size=vision.spatial_merge_size,
-            image_token_id=config.image_token_id,
-            video_token_id=config.video_token_id,
-            vision_start_token_id=config.vision_start_token_id,
-            model_type=config.model_type,
-            input_ids=torch.from_numpy(request.tokens).long()[None],
-            image_grid_thw=torch.tensor(request.image_grids),
-            tokens_per_second=getattr(vision, "tokens_per_second", None),
-        )
-        assert request.pixel_values is not None
-        patches = request.pixel_values.split([grid.num_patches for grid in map(Grid._make, request.image_grids)])
-        hashes = [content_hash(pixels, grid) for pixels, grid in zip(patches, request.image_grids, strict=True)]
-        return _Places(spans, patches, hashes, positions.squeeze(1), delta)
-
-    def _pictures(self, request: Request) -> tuple[list[int], Any]:
-        """SGLang's ids, with each picture's placeholders replaced by its pad value, and its multimodal inputs.
-
-        Made anew for every extend, since SGLang writes into them.
-        """
-        from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
-
-        ids, items, places = request.tokens.tolist(), [], request.prepared
-        if not places.spans:
-            return ids, None
-        pictures = zip(places.patches, places.hashes, request.image_grids, places.spans, strict=True)
-        for pixels, digest, grid, (start, end) in pictures:
-            item = MultimodalDataItem(modality=Modality.IMAGE, feature=pixels, offsets=[(start, end - 1)])
-            item.set("image_grid_thw", torch.tensor([grid]))
-            item.hash = digest
-            item.set_pad_value()
-            ids[start:end] = [item.pad_value] * (end - start)
-            items.append(item)
-        return ids, MultimodalInputs(
-            mm_items=items,
-            im_token_id=self.config.image_token_id,
-            im_start_id=self.config.vision_start_token_id,
-            im_end_id=self.config.vision_end_token_id,
-            mrope_positions=places.positions,
-            mrope_position_delta=places.delta,
-        )
-
-
-class _Places(NamedTuple):
-    """What `SGLangTarget.prepare` works out of a request."""
-
-    spans: Sequence[tuple[int, int]]  # first and one-past-last token of each picture
-    patches: Sequence[Float[Tensor, "patches patch_dim"]]  # of each picture
-    hashes: Sequence[int]
-    positions: Int64[Tensor, "3 T"] | None
-    delta: Tensor | None
-
-
-def content_hash(pixels: Float[Tensor, "patches patch_dim"], grid: Sequence[int]) -> int:
-    """64 bits of a picture's pixels *and grid*.
-
-    SGLang hashes pixels alone: a picture of one colour, 4 x 6 patches, would then share the embedding of one of 6 x 4.
-    """
-    digest = hashlib.blake2b(repr(tuple(grid)).encode(), digest_size=8)
-    digest.update(pixels.contiguous().cpu().view(torch.uint8).numpy())
-    return int.from_bytes(digest.digest(), "little")
-
-
-def _one_by_one(get_image_feature: Any) -> Any:
-    """Run the vision tower once per picture.
-
-    Run over several, a picture's embedding depends in its last bits on which others are with it, so a row's features
-    would depend on what the cache of embeddings holds: a run that was resumed would differ from one that was not.
-    """
-
-    def one_by_one(items: list[Any]) -> Tensor:
-        return join([get_image_feature([item]) for item in items])
-
-    return one_by_one
 
 
 def _groups(requests: Sequence[Request], max_tokens: int) -> list[list[Request]]:

@@ -18,7 +18,8 @@ QWEN25VL_TEMPLATE = """{% for message in messages %}{% if loop.first and message
 You are helpful.<|im_end|>
 {% endif %}<|im_start|>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
-{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}\
+{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif part.type == 'video' %}\
+<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}\
 {% endfor %}{% endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
@@ -64,12 +65,18 @@ def load_family(family: str):
     classes = {"qwen2.5-vl": transformers.Qwen2_5_VLProcessor, "qwen3-vl": transformers.Qwen3VLProcessor}
     templates = {"qwen2.5-vl": QWEN25VL_TEMPLATE, "qwen3-vl": QWEN3VL_TEMPLATE}
     patch_size = {"qwen2.5-vl": 14, "qwen3-vl": 16}[family]
+    video_processors = {
+        "qwen2.5-vl": transformers.Qwen2VLVideoProcessor,
+        "qwen3-vl": transformers.Qwen3VLVideoProcessor,
+    }
     return classes[family](
         image_processor=transformers.Qwen2VLImageProcessor(
             patch_size=patch_size, min_pixels=28 * 28, max_pixels=128 * 128
         ),
         tokenizer=tokenizer,
-        video_processor=transformers.Qwen2VLVideoProcessor(),
+        video_processor=video_processors[family](
+            patch_size=patch_size, size={"shortest_edge": 28 * 28, "longest_edge": 128 * 128}
+        ),
         chat_template=templates[family],
     )
 

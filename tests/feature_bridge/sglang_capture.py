@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from feature_bridge.contracts import BridgeSpec, DataSpec, TargetSpec
-from feature_bridge.targets import load_target
+from feature_bridge.targets import load_target, sglang_visuals
 from feature_bridge.targets import sglang_versions as versions
 from feature_bridge.targets.base import Extended, Request
 from feature_bridge.targets.probe import check_layer_contract
@@ -86,7 +86,7 @@ def main(path: str, layer_ids: str, dtype: str, out: str) -> None:
                 target.extend(before)
             tensors[f"{cache} cache/features"] = target.extend(row).features
         ahead = [target.prepare(request) for request in row]
-        with unittest.mock.patch.object(target, "_places", side_effect=AssertionError("computed again")):
+        with unittest.mock.patch.object(sglang_visuals, "find", side_effect=AssertionError("computed again")):
             for _ in range(2):  # SGLang writes into what it is given
                 tensors["prepared ahead/features"] = target.extend(ahead).features
 

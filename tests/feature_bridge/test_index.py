@@ -90,7 +90,40 @@ BAD_LINES = {
     "role of a wrong type": (turns((["user"], "Q"), ("assistant", "A")), "broken line", "unknown role"),
     "no assistant turn": (turns(("user", "Q")), "broken line", "no assistant turn"),
     "unknown part": (turns(("user", [{"type": "audio"}]), ("assistant", "A")), "broken line", "type 'audio'"),
-    "video": (turns(("user", [{"type": "video", "video": "a"}]), ("assistant", "A")), "broken line", "not read yet"),
+    "missing video": (chat([{"type": "video", "video": "a.mp4"}], "A"), "broken video", "video /"),
+    "one frame": (
+        chat([{"type": "video", "video": ["ok.png"]}, {"type": "text", "text": "What?"}], "A"),
+        "broken video",
+        "has 1 frames; it needs two",
+    ),
+    "no frames": (chat([{"type": "video", "video": []}], "A"), "broken video", "has 0 frames"),
+    "text as a video": (chat([{"type": "video", "video": "text.png"}], "A"), "broken video", "cannot be read"),
+    "frames of two sizes": (
+        chat([{"type": "video", "video": ["ok.png", "thin.png"]}], "A"),
+        "broken video",
+        "frames of several sizes",
+    ),
+    "a frame that is missing": (
+        chat([{"type": "video", "video": ["ok.png", "no.png"]}], "A"),
+        "broken video",
+        "no.png does not exist",
+    ),
+    "video with nframes": (
+        chat([{"type": "video", "video": "a.mp4", "nframes": 3}], "A"),
+        "broken line",
+        "nframes, which is not read",
+    ),
+    "video in an answer": (
+        turns(("user", "Q"), ("assistant", [{"type": "video", "video": ["ok.png", "ok.png"]}])),
+        "broken line",
+        "turn 1 has a video in a assistant turn",
+    ),
+    "video with fps 0": (
+        chat([{"type": "video", "video": ["ok.png", "ok.png"], "fps": 0}], "A"),
+        "broken video",
+        "fps=0, expected a positive number",
+    ),
+    "no video for a marker": (sharegpt("<video>Q", None), "video placeholder count", "1, videos given: 0"),
     "picture in an answer": (
         turns(("user", "Q"), ("assistant", [{"type": "image", "image": "ok.png"}])),
         "broken line",
@@ -117,7 +150,7 @@ BAD_LINES = {
         "image placeholder count",
         "2",
     ),
-    "video placeholder": (chat("<|video_pad|>", "A"), "image placeholder count", "video placeholder"),
+    "video placeholder": (chat("<|video_pad|>", "A"), "video placeholder count", "1, videos given: 0"),
     "short": (chat("Q", ""), "too few supervised tokens", "1 supervised tokens, fewer than data.min_supervised=2"),
 }
 

@@ -371,11 +371,11 @@ def test_pixel_limits_change_the_grid(rng, tmp_path):
     target = str(load_family("qwen3.5").tokenizer.name_or_path)
     grids = []
     for limits in ({}, {"max_pixels": 64 * 64}, {"min_pixels": 160 * 160, "max_pixels": 200 * 200}):
-        sample = make_sample(record, "x:1", tmp_path, load_processor(target, **limits), data_spec())
+        sample = make_sample(record, "x:1", tmp_path, load_processor(target, data=data_spec(**limits)), data_spec())
         grids.append(sample.image_grids[0])
     assert grids == [(1, 6, 6), (1, 4, 4), (1, 10, 10)]
     with pytest.raises(ValueError, match="data.min_pixels=100000 is not between 1 and data.max_pixels"):
-        load_processor(target, min_pixels=100000)
+        load_processor(target, data=data_spec(min_pixels=100000))
 
 
 def test_text_only_target_by_path(loaded, processors, tmp_path):

@@ -41,6 +41,7 @@ TABLE = IndexTable(
     lengths=bytes(range(256)),
     supervised=b"",
     num_images=b"\x00\xff",
+    num_videos=b"\x01\x00",
     sample_ids=("ä", "b"),
     skipped=(Skip(where="f.jsonl:3", reason="broken"),),
     counts={"lines": 2**40},

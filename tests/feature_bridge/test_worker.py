@@ -14,8 +14,8 @@ from PIL import Image
 import feature_bridge.worker
 from feature_bridge.contracts import BridgeSpec, DataSpec, Decode, Row, SlotLayout, TargetSpec
 from feature_bridge.memory import CPU, slot_arrays
-from feature_bridge.samples import render_inputs
-from feature_bridge.targets.base import Extended, Grid, Request
+from feature_bridge.requests import request_of
+from feature_bridge.targets.base import Extended, Request
 from feature_bridge.worker import Worker
 
 TARGET = Path(__file__).parents[2] / "configs" / "tiny" / "target"
@@ -80,13 +80,7 @@ def fill(worker: Worker, *rows: tuple[int, ...], dtype: str = "float32"):
 
 
 def own_request(worker: Worker, position: int) -> Request:
-    sample = worker.indexes["train"].sample(position)
-    pixels, grids = render_inputs(sample, worker.processor)
-    return Request(
-        tokens=sample.tokens,
-        pixel_values=None if pixels is None else torch.from_numpy(pixels),
-        image_grids=tuple(Grid(*grid) for grid in grids),
-    )
+    return request_of(worker.indexes["train"].sample(position), worker.processor)
 
 
 class Broken:
@@ -301,7 +295,7 @@ def test_decoding_needs_held_out_data(worker, monkeypatch):
 )
 def test_a_request_that_does_not_fit_itself_is_masked_out(damage, reason, worker, monkeypatch):
     index = worker.indexes["train"]
-    whole, render = type(index).sample, feature_bridge.worker.render_inputs
+    whole, render = type(index).sample, feature_bridge.requests.render_inputs
 
     def sample(self, position):
         found = whole(self, position)
@@ -323,7 +317,7 @@ def test_a_request_that_does_not_fit_itself_is_masked_out(damage, reason, worker
 
     before, clean = fill(worker, (0, 1, 3), (2,))
     monkeypatch.setattr(type(index), "sample", sample)
-    monkeypatch.setattr(feature_bridge.worker, "render_inputs", inputs)
+    monkeypatch.setattr(feature_bridge.requests, "render_inputs", inputs)
     filled, slot = fill(worker, (0, 1, 3), (2,))
     assert filled[0].samples == (0, 3)
     assert filled[1] == before[1]

@@ -203,7 +203,8 @@ def test_blocks_count_as_decoding_does():
 
 
 def test_one_conversation_of_each_kind():
-    assert choose_conversations(np.array([1, 0, 3, 0, 1])) == {"text": 1, "one picture": 0, "several pictures": 2}
+    kinds = {"text": 1, "one picture": 0, "several pictures": 5, "video": 2}
+    assert choose_conversations(np.array([1, 0, 3, 0, 1, 2])) == kinds
     assert choose_conversations(np.array([0, 0])) == {"text": 0}
 
 

@@ -265,12 +265,15 @@ def make_result(answers):
     )
 
 
-def test_choose_samples_takes_pictures_and_text():
+def test_choose_samples_takes_videos_pictures_and_text():
     result = make_result(tuple(Answer(s, True, np.arange(3), np.zeros(3, int)) for s in (9, 4, 4, 6, 7, 1)))
-    num_images = np.array([0, 0, 0, 0, 2, 0, 0, 0, 0, 1])
-    assert choose_samples(result, num_images, 1) == (4,)
-    assert choose_samples(result, num_images, 4) == (1, 4, 6, 9)
-    assert choose_samples(result, num_images, 99) == (1, 4, 6, 7, 9)
+    modality = np.array([0, 0, 0, 0, 2, 0, 0, 0, 0, 1], np.uint8)
+    assert choose_samples(result, modality, 1) == (4,)
+    assert choose_samples(result, modality, 4) == (1, 4, 6, 9)
+    assert choose_samples(result, modality, 99) == (1, 4, 6, 7, 9)
+    modality[7] = 3
+    assert choose_samples(result, modality, 1) == (7,)
+    assert choose_samples(result, modality, 3) == (1, 4, 7)
 
 
 def test_agreement_compares_the_targets_own_answers_only():

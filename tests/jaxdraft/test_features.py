@@ -174,7 +174,9 @@ def test_a_process_asks_for_the_rows_of_its_own_devices_only():
     mesh = SimpleNamespace(devices=devices.reshape(2, 2, 2), shape={"data": 2, "fsdp": 2, "tensor": 2})
     assert seats(mesh) == [(own[0], 1, (0, 2)), (own[1], 1, (1, 2)), (own[2], 3, (0, 2)), (own[3], 3, (1, 2))]
     asked = []
-    bridge = SimpleNamespace(num_ranks=1, num_slots=2, fill=lambda split, rows: asked.append([row.row_id for row in rows]))
+    bridge = SimpleNamespace(
+        num_ranks=1, num_slots=2, fill=lambda split, rows: asked.append([row.row_id for row in rows])
+    )
     stream = FeatureStream([bridge] * 4, make_requests(1, rows=12), mesh)
     stream._ask()
     assert asked == [[3, 4, 5], [3, 4, 5], [9, 10, 11], [9, 10, 11]]
@@ -235,6 +237,10 @@ CONFIG = Config(
         too_long="drop",
         min_pixels=16,
         max_pixels=64,
+        video_fps=3.0,
+        video_max_frames=12,
+        video_min_pixels=32,
+        video_max_pixels=128,
         num_workers=3,
         cache_dir="cache",
     ),
@@ -265,6 +271,10 @@ def test_the_spec_says_what_the_config_says():
         "min_supervised": 16,
         "min_pixels": 16,
         "max_pixels": 64,
+        "video_fps": 3.0,
+        "video_max_frames": 12,
+        "video_min_pixels": 32,
+        "video_max_pixels": 128,
         "num_workers": 3,
         "cache_dir": "cache",
     }

@@ -1,14 +1,18 @@
 """Tau by bucket: every verify call is counted once, in the right one; intervals that mean what they say."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from jaxdraft.eval_result import Answer, EvalResult
 from jaxdraft.tau_table import (
     LENGTHS,
+    MODALITIES,
     POSITIONS,
     bootstrap_ratio,
     expected_speedup,
+    modalities,
     replayed_calls,
     span_name,
     tau_table,
@@ -32,12 +36,19 @@ def result():
 
 
 @pytest.fixture(scope="module")
-def num_images():
-    return np.arange(40, dtype=np.uint8) % 4
+def modality():
+    index = SimpleNamespace(num_images=bytes(s % 4 for s in range(40)), num_videos=bytes(s % 8 == 7 for s in range(40)))
+    return modalities(index)
 
 
-def test_every_call_is_in_one_bucket_of_a_kind(result, num_images):
-    table = tau_table(result, num_images)
+def test_modality_of_a_sample():
+    index = SimpleNamespace(num_images=bytes([0, 1, 2, 255, 0, 3]), num_videos=bytes([0, 0, 0, 0, 1, 255]))
+    names = ["text", "one picture", "several pictures", "several pictures", "video", "video"]
+    assert [MODALITIES[i] for i in modalities(index)] == names
+
+
+def test_every_call_is_in_one_bucket_of_a_kind(result, modality):
+    table = tau_table(result, modality)
     (whole,) = [b for b in table if b.kind == "all"]
     assert whole.tau == pytest.approx(result.tau_replay)
     for kind in ("modality", "position", "length"):
@@ -45,7 +56,7 @@ def test_every_call_is_in_one_bucket_of_a_kind(result, num_images):
         assert len(buckets) > 2
         assert sum(b.calls for b in buckets) == whole.calls
         assert sum(b.calls * b.tau for b in buckets) == pytest.approx(whole.calls * whole.tau)
-    assert [b.name for b in table if b.kind == "modality"] == ["text", "one picture", "several pictures"]
+    assert [b.name for b in table if b.kind == "modality"] == list(MODALITIES)
     assert sum(b.conversations for b in table if b.kind == "modality") == whole.conversations
     for bucket in table:
         assert bucket.low <= bucket.tau <= bucket.high
@@ -60,14 +71,14 @@ def test_calls_are_those_of_the_replay():
     assert replayed_calls([Answer(0, True, np.arange(1), np.zeros(1, int))], BLOCK_SIZE) == []
 
 
-def test_a_bucket_measures_its_own_answers(num_images):
+def test_a_bucket_measures_its_own_answers(modality):
     """Answers about pictures are never accepted, others always: a wrong bucket would mix them."""
-    answers = [Answer(s, True, np.arange(61), np.full(61, 0 if num_images[s] else 5)) for s in range(40)]
+    answers = [Answer(s, True, np.arange(61), np.full(61, 0 if modality[s] else 5)) for s in range(40)]
     result = EvalResult(
         block_size=BLOCK_SIZE, loss=0.0, accuracy=0.0, slot_accuracy=(), accept_counts=(), answers=tuple(answers)
     )
-    taus = {b.name: (b.tau, b.low, b.high) for b in tau_table(result, num_images) if b.kind == "modality"}
-    assert taus == {"text": (6.0, 6.0, 6.0), "one picture": (1.0, 1.0, 1.0), "several pictures": (1.0, 1.0, 1.0)}
+    taus = {b.name: (b.tau, b.low, b.high) for b in tau_table(result, modality) if b.kind == "modality"}
+    assert taus == {name: (1.0,) * 3 if i else (6.0,) * 3 for i, name in enumerate(MODALITIES)}
 
 
 def test_names_of_spans():
