@@ -244,10 +244,13 @@ class Vote:
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays as numpy ones, whole on every process."""
+    """Arrays as numpy ones, whole on every process.
+
+    One at a time: all of them might not fit a device, and the CPU's collectives stand still when many are under way.
+    """
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    return jax.device_get(jax.tree.map(_replicate, tree))
+    return jax.tree.map(lambda x: jax.device_get(_replicate(x)), tree)
 
 
 def _replicate(x: jax.Array) -> jax.Array:
