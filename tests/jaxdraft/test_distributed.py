@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import time
@@ -91,9 +92,16 @@ def test_another_mesh_and_number_of_processes_go_on(config, stopped, single):
 
 
 def test_two_processes_equal_one(config, single, tmp_path):
-    ended = finish(start(config, tmp_path, 4, *mesh(-1, 4, 1, 1), processes=2))
-    assert [code for code, _ in ended] == [0, 0], "\n".join(output[-2000:] for _, output in ended)
+    """Although a bridge of the second one is killed meanwhile: started again, it fills the same rows."""
     run_dir = tmp_path / "small"
+    processes = start(config, tmp_path, 4, *mesh(-1, 4, 1, 1), "--bridge.restarts", "1", processes=2)
+    runs.wait_until(lambda: 1 in runs.metrics(run_dir) or processes[0].poll() is not None)
+    bridge = runs.bridge_of(processes[1].pid)
+    os.kill(bridge, signal.SIGKILL)
+    ended = finish(processes)
+    assert [code for code, _ in ended] == [0, 0], "\n".join(output[-2000:] for _, output in ended)
+    assert f"(process {bridge}) was killed by SIGKILL" in ended[1][1]
+    assert "starting it again" not in ended[0][1]
     assert_same_losses(run_dir, single)
     ours, theirs = load_params(run_dir)[0], load_params(single)[0]
     for name in theirs:
