@@ -34,6 +34,10 @@ class Answer:
     tokens: Int[np.ndarray, " T"]
     accept_len_at: Int[np.ndarray, " T"]
 
+    def teacher_forced(self, block_size: int, max_new_tokens: int = sys.maxsize) -> Int[np.ndarray, " blocks"]:
+        """Accepted draft tokens with each token as anchor that a whole block of the answer begins with."""
+        return self.accept_len_at[: max(0, min(len(self.tokens), max_new_tokens) - block_size + 1)]
+
     def replay(self, block_size: int, max_new_tokens: int = sys.maxsize) -> tuple[int, ...]:
         """Accepted draft tokens of each verify call while decoding this answer."""
         return replay(self.accept_len_at, 0, min(len(self.tokens), max_new_tokens), block_size)
@@ -121,13 +125,22 @@ class Agreement:
     Attributes:
       compared: such conversations.
       identical: those of them in which every verify call accepted as many tokens as in the replay.
-      tau_replay, tau_decoded: of the compared ones.
+      tau_teacher_forced, tau_replay, tau_decoded: of the compared answers alone, so that one can be divided by another.
     """
 
     compared: int
     identical: int
+    tau_teacher_forced: float
     tau_replay: float
     tau_decoded: float
+
+    @property
+    def calibration(self) -> dict[str, float]:
+        """What the two cheap measures have to be multiplied by to give the real one."""
+        return {
+            "decoded_over_teacher_forced": self.tau_decoded / self.tau_teacher_forced,
+            "decoded_over_replay": self.tau_decoded / self.tau_replay,
+        }
 
     @property
     def agrees(self) -> bool:
@@ -138,17 +151,19 @@ class Agreement:
 def agreement(result: EvalResult, decoded: DecodeResult) -> Agreement:
     """Compare decoding with the replay of the same conversations."""
     answers = {answer.sample: answer for answer in result.answers if answer.last}
-    lengths, replayed, real = [], [], []
+    lengths, forced, replayed, real = [], [], [], []
     for sample in decoded.samples:
         answer = answers.get(sample.sample)
         if answer is None or tuple(answer.tokens[: decoded.max_new_tokens]) != sample.tokens:
             continue
         lengths.append(len(sample.tokens))
+        forced.append(answer.teacher_forced(result.block_size, decoded.max_new_tokens))
         replayed.append(answer.replay(result.block_size, decoded.max_new_tokens))
         real.append(sample.accept_lens)
     return Agreement(
         compared=len(lengths),
         identical=sum(a == b for a, b in zip(replayed, real, strict=True)),
+        tau_teacher_forced=float(np.concatenate(forced).mean()) + 1 if sum(map(len, forced)) else math.nan,
         tau_replay=tau(lengths, map(len, replayed)),
         tau_decoded=tau(lengths, map(len, real)),
     )
@@ -177,6 +192,7 @@ def summarise(result: EvalResult, decoded: DecodeResult | None) -> dict[str, Any
             "replay_compared": same.compared,
             "replay_identical": same.identical,
             "replay_agrees": same.agrees if same.compared else None,
+            "calibration": {name: finite(value) for name, value in same.calibration.items()},
         }
     return {name: finite(value) for name, value in summary.items()}
 

@@ -266,6 +266,12 @@ def print_evaluation(console: Console, summary: dict[str, Any]) -> None:
             f"{summary['replay_compared']} conversations whose recorded answer is the target's own",
             highlight=False,
         )
+        if summary["replay_compared"]:
+            forced, replayed = summary["calibration"].values()
+            console.print(
+                f"of these, decoded tau is {number(forced)} x teacher-forced and {number(replayed)} x replayed",
+                highlight=False,
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

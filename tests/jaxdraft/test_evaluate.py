@@ -290,6 +290,10 @@ def test_agreement_compares_the_targets_own_answers_only():
     same = agreement(result, decoded)
     assert (same.compared, same.identical) == (2, 1)
     assert (same.tau_replay, same.tau_decoded) == (4.0, 8 / 3)
+    assert (
+        same.tau_teacher_forced == 2.5
+    )  # anchors 0 and 1: with a block of four, the last one in the first five tokens
+    assert same.calibration == {"decoded_over_teacher_forced": 8 / 3 / 2.5, "decoded_over_replay": 2 / 3}
     assert not same.agrees
     assert decoded.lossless
     wrong = dataclasses.replace(decoded.samples[0], target_tokens=(0, 1, 2, 3, 9))

@@ -58,6 +58,7 @@ def test_evaluate(config, directory):
     assert summary["lossless"] is True
     assert summary["replay_compared"] == summary["replay_identical"] == 3  # the recorded answers are the target's own
     assert summary["replay_agrees"] is True
+    assert summary["calibration"]["decoded_over_replay"] == 1.0
     for name in ("tau_teacher_forced", "tau_replay", "tau_decoded"):
         assert 1 <= summary[name] < 1.5  # an untrained draft
     assert len(summary["slot_acceptance"]) == config.draft.block_size - 1
@@ -68,7 +69,7 @@ def test_evaluate(config, directory):
     console = Console(record=True, width=120, file=io.StringIO())
     print_evaluation(console, summary)
     text = console.export_text()
-    for words in ("modality several pictures", "position 0-31", "at temperature 0.8", "interval"):
+    for words in ("modality several pictures", "position 0-31", "at temperature 0.8", "interval", "1.000 x replayed"):
         assert words in text
 
 
