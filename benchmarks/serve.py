@@ -153,11 +153,12 @@ def print_taus(served: dict[str, Any], last: dict[str, Answer], block_size: int)
 
 
 def print_fault(name: str, spoilt: dict[str, Any], right: dict[str, Any]) -> None:
-    same = sum(spoilt[row]["tokens"] == right[row]["tokens"] for row in right)
-    taus = [whole_tau(list(answers.values())) for answers in (spoilt, right)]
+    rows = [row for row in spoilt if row in right]
+    same = sum(spoilt[row]["tokens"] == right[row]["tokens"] for row in rows)
+    taus = [whole_tau([answers[row] for row in rows]) for answers in (spoilt, right)]
     print(
         f"planted fault, {name}: tau {taus[0]:.3f}, and {taus[1]:.3f} without it (whole answers); "
-        f"the same text in {same} of {len(right)} conversations"
+        f"the same text in {same} of {len(rows)} conversations"
     )
 
 
@@ -212,7 +213,7 @@ def main() -> int:
         print_equality(found["alone"], found["draft"])
     for fault in faults:
         if found.get(fault) and found["draft"]:
-            print_fault(fault, found[fault], {row: found["draft"][row] for row in found[fault]})
+            print_fault(fault, found[fault], found["draft"])
     if not found["draft"]:
         return 1
     last, block_size, backend = replay_answers(args, out / "draft.jsonl", args.number)
