@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 
 import jax
-import numpy as np
 import torch
 from specforge.algorithms.common.dflash_family_model import OnlineDFlashModel
 from specforge.modeling.draft.dflash import DFlashDraftModel
@@ -14,14 +13,12 @@ from transformers import Qwen3Config
 
 from jaxdraft.losses import LossConfig
 from jaxdraft.model.dflash import DraftConfig
-from jaxdraft.model.tensors import from_tensors, to_tensors
+from jaxdraft.model.tensors import to_tensors
 
 
-def to_torch(array, device: str) -> torch.Tensor:
-    """A copy of a jax array, by way of the host."""
-    host = np.asarray(jax.numpy.asarray(array, jax.numpy.float32) if array.dtype == jax.numpy.bfloat16 else array)
-    tensor = torch.from_numpy(np.array(host)).to(device)
-    return tensor.bfloat16() if array.dtype == jax.numpy.bfloat16 else tensor
+def to_torch(array: jax.Array) -> torch.Tensor:
+    """A copy of a jax array, where it is."""
+    return torch.from_dlpack(jax.block_until_ready(array)).clone()
 
 
 class SpecForge:
@@ -49,14 +46,15 @@ class SpecForge:
         }
         config._attn_implementation = backend
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.config, self.draft = draft, DFlashDraftModel(config)
-        tensors = {name: to_torch(x, "cpu") for name, x in to_tensors(params, draft).items()}
-        self.draft.load_state_dict(tensors, strict=True)
+        with torch.device(self.device):
+            self.draft = DFlashDraftModel(config)
+        tensors = jax.jit(to_tensors, static_argnums=1)(params, draft)
+        self.draft.load_state_dict({name: to_torch(x) for name, x in tensors.items()}, strict=True)
         # Casting a module casts its rotary frequencies too, and positions in the thousands turn into noise: keep them.
         frequencies = self.draft.rotary_emb.inv_freq.clone()
         self.draft.to(self.device, torch.bfloat16).train()
         self.draft.rotary_emb.inv_freq = frequencies.to(self.device)
-        head = to_torch(frozen.head, self.device)
+        head = to_torch(frozen.head)
         lm_head = torch.nn.Linear(*head.shape[::-1], bias=False, device="meta")
         lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
         self.model = OnlineDFlashModel(
@@ -69,13 +67,13 @@ class SpecForge:
             num_anchors=anchors.shape[1],
             loss_decay_gamma=loss.gamma,
         )
-        injected = to_torch(anchors, self.device).long()
+        injected = to_torch(anchors).long()
         keep = torch.ones_like(injected, dtype=torch.bool)
         self.model._sample_anchor_positions = lambda *_: (injected, keep)
         self.inputs = (
-            to_torch(batch.tokens, self.device).long(),
-            to_torch(batch.features, self.device),
-            to_torch(batch.loss_mask, self.device).float(),
+            to_torch(batch.tokens).long(),
+            to_torch(batch.features),
+            to_torch(batch.loss_mask).float(),
         )
 
     def step(self) -> torch.Tensor:
@@ -87,11 +85,10 @@ class SpecForge:
             torch.cuda.synchronize()
         return loss
 
-    def loss_and_gradients(self) -> tuple[float, dict[str, np.ndarray]]:
-        """The gradients under our names and in our layout."""
+    def loss_and_gradients(self) -> tuple[float, dict[str, jax.Array]]:
+        """The gradients by their names in a checkpoint."""
         loss = float(self.step().detach())
-        grads = {name: p.grad.float().cpu().numpy() for name, p in self.draft.named_parameters()}
-        return loss, from_tensors(grads, self.config)
+        return loss, {name: jax.dlpack.from_dlpack(p.grad) for name, p in self.draft.named_parameters()}
 
     def measure(self, chunk_blocks: int, timer: Callable) -> tuple[list[float], float, float]:
         """(milliseconds of each step, peak GB, seconds until the first step is done)."""

@@ -191,7 +191,8 @@ def make_train_step(
             return sums.numerator, sums
 
         # Gradients that are summed over devices leave their products in float32.
-        params = state.params if mesh is not None and mesh.size > 1 else narrow_matrices(state.params, options)
+        summed = mesh is not None and mesh.size > 1
+        params = state.params if summed else narrow_matrices(state.params, options.compute_dtype)
         (_, sums), grads = jax.value_and_grad(numerator, has_aux=True)(params)
         bad_rows = unhealthy_rows(batch, draft.hidden_size)
         ok = ~jnp.any(bad_rows) & jnp.all(jnp.isfinite(jnp.stack([sums.numerator, global_norm(grads)])))
@@ -230,9 +231,9 @@ def make_eval_step(
     return at_anchors
 
 
-def narrow_matrices(params: Params, options: StepConfig) -> Params:
-    """Copies of the masters in the compute dtype, vectors apart. Gradients with respect to them have its size too."""
-    return {name: x.astype(options.compute_dtype) if x.ndim > 1 else x for name, x in params.items()}
+def narrow_matrices(params: Params, dtype: str) -> Params:
+    """Copies of the masters in `dtype`, vectors apart; gradients with respect to them leave their products in it."""
+    return {name: x.astype(dtype) if x.ndim > 1 else x for name, x in params.items()}
 
 
 def _compute_options(options: StepConfig) -> dict[str, Any]:
