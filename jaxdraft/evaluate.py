@@ -219,8 +219,8 @@ def evaluate_held_out(held: HeldOut, tensors: Mapping[str, np.ndarray]) -> EvalR
 def print_evaluation(console: Console, summary: dict[str, Any]) -> None:
     """The figures as tables."""
 
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
+    def number(value: float | None, digits: int = 3) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
 
     table = Table(title=f"{summary['draft']} on held-out conversations", title_justify="left")
     table.add_column("")
@@ -234,8 +234,10 @@ def print_evaluation(console: Console, summary: dict[str, Any]) -> None:
     if "tau_sampled" in summary:
         table.add_row("sampled", number(summary["tau_sampled"]), f"at temperature {summary['temperature']:g}")
     console.print(table)
-    buckets = Table(title="tau of the replay, with 95 % intervals over conversations", title_justify="left")
-    for name in ("", "conversations", "verify calls", "tau", "interval"):
+    buckets = Table(
+        title="tau of the replay and teacher-forced, 95 % intervals over conversations", title_justify="left"
+    )
+    for name in ("", "conversations", "verify calls", "tau", "interval", "teacher-forced", "interval"):
         buckets.add_column(name, justify="right" if name else "left")
     for bucket in summary["tau_table"]:
         buckets.add_row(
@@ -244,6 +246,8 @@ def print_evaluation(console: Console, summary: dict[str, Any]) -> None:
             str(bucket["calls"]),
             f"{bucket['tau']:.2f}",
             f"{bucket['low']:.2f} - {bucket['high']:.2f}",
+            number(bucket["tau_teacher_forced"], 2),
+            " - ".join(number(bucket[f"{end}_teacher_forced"], 2) for end in ("low", "high")),
         )
     console.print(buckets)
     slots = Table(title="share of blocks in which a slot is accepted", title_justify="left")

@@ -113,11 +113,12 @@ def _acceptance(summary: Mapping[str, Any] | None) -> str:
                 b["calls"],
                 f"{b['tau']:.2f}",
                 f"{b['low']:.2f} - {b['high']:.2f}",
+                "-" if b["tau_teacher_forced"] is None else f"{b['tau_teacher_forced']:.2f}",
             )
             for b in table
         ]
         text += "\n\nReplayed, with 95 % intervals over conversations:\n\n"
-        text += _table(("", "conversations", "verify calls", "tau", "interval"), buckets)
+        text += _table(("", "conversations", "verify calls", "tau", "interval", "teacher-forced"), buckets)
     return text
 
 

@@ -1,20 +1,22 @@
 """Where a draft is accepted: tau by modality, position in the answer and length of the answer, and how sure that is.
 
-tau is of the replay (`jaxdraft.replay`), bonus token included: exact for greedy decoding where the recorded answers are
-the target's own. An interval is a bootstrap over conversations, for the verify calls of one conversation are not
-independent of each other.
+Two taus, bonus token included: of the replay (`jaxdraft.replay`), exact for greedy decoding where the recorded answers
+are the target's own, and teacher-forced, where every token of an answer is an anchor. An interval is a bootstrap over
+conversations, for the verify calls of one conversation are not independent of each other.
 
-Legend: C conversations, R resamples.
+Legend: N calls, C conversations, R resamples, B block slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from jaxdraft.eval_result import Answer, EvalResult
 from jaxdraft.replay import anchors_of
@@ -24,14 +26,24 @@ POSITIONS = (0, 32, 128, 512)  # of the anchor in its answer, tokens: [0, 32), [
 LENGTHS = (0, 64, 256, 1024)  # of the answer, tokens
 
 
-@dataclass(frozen=True)
-class Call:
-    """One verify call of a replayed answer."""
+@dataclass(frozen=True, eq=False)
+class Calls:
+    """Verify calls, of a replay or with every token as anchor."""
 
-    sample: int
-    position: int  # of the anchor in the answer
-    length: int  # of the answer
-    generated: int  # tokens: the accepted ones, and the bonus token where the answer goes on
+    sample: Int[np.ndarray, " N"]
+    position: Int[np.ndarray, " N"]  # of the anchor in the answer
+    length: Int[np.ndarray, " N"]  # of the answer
+    generated: Int[np.ndarray, " N"]  # tokens: the accepted ones, and the bonus token where the answer goes on
+
+    def __getitem__(self, chosen: Bool[np.ndarray, " N"]) -> Calls:
+        return Calls(self.sample[chosen], self.position[chosen], self.length[chosen], self.generated[chosen])
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    @property
+    def tau(self) -> float:
+        return float(self.generated.mean()) if len(self) else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +52,10 @@ class Bucket:
 
     Attributes:
       kind, name: "modality" "one picture", "position" "32-127", "length" "64-255", "all" "".
-      conversations, calls: that it has.
-      tau: generated tokens a verify call.
-      low, high: of the 95 % interval.
+      conversations, calls: of the replay.
+      tau: generated tokens a verify call of the replay; low, high: of its 95 % interval.
+      tau_teacher_forced: of the blocks that are wholly in the answer, with its own interval; None without one.
+      slot_acceptance: share of those blocks in which slot 1, .., B-1 is accepted.
     """
 
     kind: str
@@ -52,17 +65,31 @@ class Bucket:
     tau: float
     low: float
     high: float
+    tau_teacher_forced: float | None
+    low_teacher_forced: float | None
+    high_teacher_forced: float | None
+    slot_acceptance: tuple[float, ...]
 
 
-def replayed_calls(answers: Iterable[Answer], block_size: int) -> list[Call]:
+def replayed_calls(answers: Sequence[Answer], block_size: int) -> Calls:
     """Every verify call of greedy decoding of these answers."""
-    calls = []
-    for answer in answers:
-        lens = answer.replay(block_size)
-        anchors = anchors_of(lens, 0)
-        ends = (*anchors[1:], len(answer.tokens) - 1) if anchors else ()
-        calls += [Call(answer.sample, a, len(answer.tokens), end - a) for a, end in zip(anchors, ends, strict=True)]
-    return calls
+    anchors = [np.array(anchors_of(answer.replay(block_size), 0), int) for answer in answers]
+    generated = [np.diff(a, append=len(answer.tokens) - 1) for a, answer in zip(anchors, answers, strict=True)]
+    return _calls(answers, anchors, generated)
+
+
+def forced_calls(answers: Sequence[Answer], block_size: int) -> Calls:
+    """Every anchor of these answers whose block is wholly in its answer."""
+    generated = [answer.teacher_forced(block_size) + 1 for answer in answers]
+    return _calls(answers, [np.arange(len(g)) for g in generated], generated)
+
+
+def _calls(answers: Sequence[Answer], anchors: Sequence[np.ndarray], generated: Sequence[np.ndarray]) -> Calls:
+    counts = [len(a) for a in anchors]
+    whole = [np.array(column, int) for column in ([a.sample for a in answers], [len(a.tokens) for a in answers])]
+    sample, length = (np.repeat(column, counts) for column in whole)
+    position, tokens = (np.concatenate([*parts, np.empty(0, int)]) for parts in (anchors, generated))
+    return Calls(sample, position, length, tokens)
 
 
 def modalities(index: Any) -> UInt8[np.ndarray, " samples"]:
@@ -81,48 +108,52 @@ def tau_table(
       resamples: R.
       seed: of the resampling; equal inputs give equal intervals.
     """
-    calls = replayed_calls(result.answers, result.block_size)
-    by: dict[str, Callable[[Call], str]] = {
-        "all": lambda call: "",
-        "modality": lambda call: MODALITIES[modality[call.sample]],
-        "position": lambda call: span_name(call.position, POSITIONS),
-        "length": lambda call: span_name(call.length, LENGTHS),
-    }
-    orders = {
-        "all": [""],
-        "modality": list(MODALITIES),
-        "position": [span_name(edge, POSITIONS) for edge in POSITIONS],
-        "length": [span_name(edge, LENGTHS) for edge in LENGTHS],
+    replayed = replayed_calls(result.answers, result.block_size)
+    forced = forced_calls(result.answers, result.block_size)
+    kinds: dict[str, tuple[Sequence[str], Callable[[Calls], np.ndarray]]] = {
+        "all": ([""], lambda calls: np.zeros(len(calls), int)),
+        "modality": (MODALITIES, lambda calls: modality[calls.sample]),
+        "position": (span_names(POSITIONS), lambda calls: np.searchsorted(POSITIONS, calls.position, "right") - 1),
+        "length": (span_names(LENGTHS), lambda calls: np.searchsorted(LENGTHS, calls.length, "right") - 1),
     }
     table = []
-    for kind, name_of in by.items():
-        for name in orders[kind]:
-            there = [call for call in calls if name_of(call) == name]
-            if there:
-                table.append(_bucket(kind, name, there, resamples, seed))
+    for kind, (names, numbers_of) in kinds.items():
+        numbers = numbers_of(replayed), numbers_of(forced)
+        for number, name in enumerate(names):
+            there, blocks = replayed[numbers[0] == number], forced[numbers[1] == number]
+            if len(there):
+                low, high = interval(there, resamples=resamples, seed=seed)
+                bounds = interval(blocks, resamples=resamples, seed=seed) if len(blocks) else (None, None)
+                table.append(
+                    Bucket(
+                        kind=kind,
+                        name=name,
+                        conversations=len(np.unique(there.sample)),
+                        calls=len(there),
+                        tau=there.tau,
+                        low=low,
+                        high=high,
+                        tau_teacher_forced=blocks.tau if len(blocks) else None,
+                        low_teacher_forced=bounds[0],
+                        high_teacher_forced=bounds[1],
+                        slot_acceptance=tuple(
+                            float((blocks.generated > k).mean()) for k in range(1, result.block_size) if len(blocks)
+                        ),
+                    )
+                )
     return table
 
 
-def span_name(value: int, edges: Sequence[int]) -> str:
-    """ "32-127" for a value in [32, 128)."""
-    i = int(np.searchsorted(edges, value, side="right")) - 1
-    return f"{edges[i]}-{edges[i + 1] - 1}" if i + 1 < len(edges) else f"{edges[i]}+"
+def span_names(edges: Sequence[int]) -> list[str]:
+    """ "0-31", "32-127", .., "512+": the spans that begin at these edges."""
+    return [*(f"{a}-{b - 1}" for a, b in itertools.pairwise(edges)), f"{edges[-1]}+"]
 
 
-def _bucket(kind: str, name: str, calls: Sequence[Call], resamples: int, seed: int) -> Bucket:
-    _, conversation = np.unique([call.sample for call in calls], return_inverse=True)
-    generated = np.bincount(conversation, [call.generated for call in calls])
-    number = np.bincount(conversation).astype(float)
-    low, high = bootstrap_ratio(generated, number, resamples=resamples, seed=seed)
-    return Bucket(
-        kind=kind,
-        name=name,
-        conversations=len(number),
-        calls=len(calls),
-        tau=float(generated.sum() / number.sum()),
-        low=low,
-        high=high,
-    )
+def interval(calls: Calls, *, resamples: int, seed: int) -> tuple[float, float]:
+    """Of the calls' tau, 95 %."""
+    _, conversation = np.unique(calls.sample, return_inverse=True)
+    generated = np.bincount(conversation, calls.generated)
+    return bootstrap_ratio(generated, np.bincount(conversation).astype(float), resamples=resamples, seed=seed)
 
 
 def bootstrap_ratio(

@@ -61,6 +61,7 @@ def test_the_card_says_what_is_known(tmp_path):
     for words in ("DFlash draft for Target", "--speculative-draft-model-path", "[1, 2, 4] of 7", "Not evaluated", "96"):
         assert words in text
     bucket = {"kind": "modality", "name": "text", "conversations": 3, "calls": 9, "tau": 2.5, "low": 2.0, "high": 3.0}
+    bucket["tau_teacher_forced"] = None
     summary = {"tau_teacher_forced": 2.25, "tau_replay": 2.5, "tau_decoded": None, "tau_table": [bucket]}
     config = as_json(Config(name="run", target=TargetConfig(path="t"), data=DataConfig(train_path="d.jsonl")))
     counts = {"train": {"records": 70, "used": 69}, "eval": {"records": 5}}
@@ -73,7 +74,7 @@ def test_the_card_says_what_is_known(tmp_path):
     assert (directory / "README.md").read_text() == text
     assert "curves" not in text
     for words in (
-        "| modality text | 3 | 9 | 2.50 | 2.00 - 3.00 |",
+        "| modality text | 3 | 9 | 2.50 | 2.00 - 3.00 | - |",
         "| used | 69 | 0 |",
         "| replayed, the blocks that greedy decoding visits | 2.500 |",
         "| optim.learning_rate | 0.0006 |",

@@ -7,14 +7,14 @@ import pytest
 
 from jaxdraft.eval_result import Answer, EvalResult
 from jaxdraft.tau_table import (
-    LENGTHS,
     MODALITIES,
     POSITIONS,
     bootstrap_ratio,
     expected_speedup,
+    forced_calls,
     modalities,
     replayed_calls,
-    span_name,
+    span_names,
     tau_table,
 )
 
@@ -66,9 +66,29 @@ def test_calls_are_those_of_the_replay():
     answer = Answer(3, True, np.arange(7), np.array([2, 9, 9, 1, 9, 5, 9]) % 6)
     # The anchor 0 takes 2 and the bonus; 3 takes 1 and the bonus; 5 takes the last token, and there is no bonus.
     calls = replayed_calls([answer], BLOCK_SIZE)
-    assert [(c.position, c.generated) for c in calls] == [(0, 3), (3, 2), (5, 1)]
-    assert {(c.sample, c.length) for c in calls} == {(3, 7)}
-    assert replayed_calls([Answer(0, True, np.arange(1), np.zeros(1, int))], BLOCK_SIZE) == []
+    assert (calls.position.tolist(), calls.generated.tolist()) == ([0, 3, 5], [3, 2, 1])
+    assert (calls.sample.tolist(), calls.length.tolist()) == ([3] * 3, [7] * 3)
+    assert len(replayed_calls([Answer(0, True, np.arange(1), np.zeros(1, int))], BLOCK_SIZE)) == 0
+    forced = forced_calls([answer], BLOCK_SIZE)  # the blocks at 0 and 1 are wholly in it
+    assert (forced.position.tolist(), forced.generated.tolist()) == ([0, 1], [3, 4])
+
+
+def test_teacher_forced_of_a_bucket(result, modality):
+    blocks = [n for a in result.answers for n in a.accept_len_at[: max(0, len(a.tokens) - BLOCK_SIZE + 1)]]
+    table = tau_table(result, modality)
+    whole = table[0]
+    assert whole.tau_teacher_forced == pytest.approx(np.mean(blocks) + 1)
+    assert whole.slot_acceptance == pytest.approx([np.mean(np.array(blocks) >= k) for k in range(1, BLOCK_SIZE)])
+    assert all(b.low_teacher_forced <= b.tau_teacher_forced <= b.high_teacher_forced for b in table)
+    late = [n for a in result.answers for n in a.accept_len_at[512 : max(512, len(a.tokens) - BLOCK_SIZE + 1)]]
+    (bucket,) = [b for b in table if b.name == "512+"]
+    assert bucket.tau_teacher_forced == pytest.approx(np.mean(late) + 1)
+    short = EvalResult(
+        block_size=BLOCK_SIZE, loss=0.0, accuracy=0.0, slot_accuracy=(), accept_counts=(),
+        answers=(Answer(0, True, np.arange(4), np.zeros(4, int)),),
+    )  # fmt: skip
+    whole = tau_table(short, modality)[0]
+    assert (whole.tau, whole.tau_teacher_forced, whole.slot_acceptance) == (1.0, None, ())
 
 
 def test_a_bucket_measures_its_own_answers(modality):
@@ -82,10 +102,14 @@ def test_a_bucket_measures_its_own_answers(modality):
 
 
 def test_names_of_spans():
-    assert [span_name(v, POSITIONS) for v in (0, 31, 32, 511, 512, 9999)] == [
-        "0-31", "0-31", "32-127", "128-511", "512+", "512+",
-    ]  # fmt: skip
-    assert span_name(1023, LENGTHS) == "256-1023"
+    assert span_names(POSITIONS) == ["0-31", "32-127", "128-511", "512+"]
+    positions = np.array([0, 31, 32, 511, 512, 9999])
+    answers = [Answer(0, True, np.arange(p + 2), np.append(np.full(p, BLOCK_SIZE - 1), [0, 0])) for p in positions]
+    result = EvalResult(
+        block_size=BLOCK_SIZE, loss=0.0, accuracy=0.0, slot_accuracy=(), accept_counts=(), answers=tuple(answers)
+    )
+    lengths = [(b.name, b.calls) for b in tau_table(result, np.zeros(1, np.uint8)) if b.kind == "length"]
+    assert [name for name, _ in lengths] == ["0-63", "256-1023", "1024+"]
 
 
 def test_the_interval_covers_the_truth():
