@@ -25,6 +25,19 @@ def test_step_quick():
     assert rows == ["", ", with optimizer"]
 
 
+def test_families():
+    command = [sys.executable, "-m", "benchmarks.families", "--families", "qwen2_5_vl"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    row = result.stdout.splitlines()[-1]
+    text, one, several, video, mixed = re.fullmatch(
+        r"\| qwen2_5_vl \| sglang \S+ \(cpu\) \| set_eagle3_layers_to_capture \| layer_output \| (\S+) \| (\S+) "
+        r"\| (\S+) \| \S+ \(frames together: (\S+)\) \| \S+ \(frames together: (\S+)\) \|",
+        row,
+    ).groups()
+    assert max(map(float, (text, one, several, video, mixed))) < 1e-5
+
+
 def test_useful_work():
     """50.2 and 73.3 TFLOP: the figures by which published times are compared."""
     program = (

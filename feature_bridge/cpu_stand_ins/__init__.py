@@ -3,7 +3,8 @@
     torchvision_ops   torchvision's compiled operators, declared only          (also used by the processors)
     triton_mock       triton: kernels can be defined, never run                (SGLang's own stub)
     sgl_kernel        SGLang's compiled kernels: importable, calling one raises
-    gdn_ops           the eight operators SGLang's Qwen3.5 binds by name, in plain torch (prefill only)
+    gdn_ops           the eight operators SGLang's Qwen3.5 binds by name, in plain torch (prefill only), and the gate
+                      of a shared expert
     gated_delta       their mathematics: the chunked gated delta rule and the causal convolution
 
 A stand-in is put in place only where the real thing is absent, and every one in use is reported by name.
@@ -27,3 +28,4 @@ def use_in_sglang() -> None:
     from feature_bridge.cpu_stand_ins import gdn_ops
 
     gdn_ops.use_in_gated_norm()
+    gdn_ops.use_in_shared_expert()

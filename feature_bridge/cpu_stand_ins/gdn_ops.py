@@ -42,12 +42,25 @@ def use_in_gated_norm() -> None:
     raise ModuleNotFoundError("fla.layernorm_gated is neither in sglang.kernels nor in sglang.srt.layers")
 
 
+def use_in_shared_expert() -> None:
+    """The same for what adds a shared expert's output, of mixtures of experts; releases that have no such kernel add it
+    in torch by themselves."""
+    module = import_module("sglang.srt.models.qwen2_moe")
+    if hasattr(module, "fused_gate_sigmoid_mul_add"):
+        module.fused_gate_sigmoid_mul_add = _gate_and_add
+
+
 # --- elementwise and reshaping operators ------------------------------------------------------------------------------
 
 
 def _sigmoid_mul(x: Tensor, gate: Tensor, inplace: bool = True) -> Tensor:
     assert inplace
     return x.mul_(torch.sigmoid(gate.reshape(x.shape)))
+
+
+def _gate_and_add(hidden: Tensor, gate_weight: Tensor, shared: Tensor, output: Tensor) -> None:
+    """hidden, shared, output [T, H]; output += sigmoid(hidden . gate_weight) * shared."""
+    output.add_(torch.sigmoid(hidden @ gate_weight)[:, None] * shared)
 
 
 def _gemma_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -5,7 +5,9 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
+from tiny_models import FAMILIES, make_model
 
 from jaxdraft.config import DraftOptions, TargetConfig
 from jaxdraft.target import load_frozen, make_draft_config, open_target, resolve_mask_token
@@ -56,6 +58,20 @@ def test_embedding_is_detected_and_tied(tmp_path, key):
     embedding, head = load_frozen(config, open_target(config), jnp.float32)
     np.testing.assert_array_equal(embedding, matrix)
     assert head is embedding
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_weights_of_each_family(family, tmp_path):
+    """As its own class saves them: names, ties and dtype are the checkpoint's."""
+    path = make_model(family, tmp_path)
+    with safe_open(path / "model.safetensors", "numpy") as file:
+        keys = [key for key in file.keys() if key.endswith(("embed_tokens.weight", "lm_head.weight"))]  # noqa: SIM118
+        stored = {key.split(".")[-2]: file.get_tensor(key) for key in keys}
+    config = TargetConfig(path=str(path))
+    embedding, head = load_frozen(config, open_target(config), jnp.float32)
+    np.testing.assert_array_equal(embedding, stored["embed_tokens"])
+    np.testing.assert_array_equal(head, stored.get("lm_head", stored["embed_tokens"]))
+    assert (head is embedding) == ("lm_head" not in stored)
 
 
 def test_untied_head(tmp_path):
