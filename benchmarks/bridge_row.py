@@ -14,21 +14,25 @@ the step is `jaxdraft.train_step` with its optimizer. In one process and its bri
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from benchmarks.bridge_trace import of_trace
 
 PHASES = ("hand-over", "capture", "step", "accumulated")
 ACCUMULATION = 4
 ROWS = {"full": 30, "quick": 4}  # measured in each phase
-PROFILED_FILL = 6  # everything is warm by then
+WARM_ROWS = 12
+PROFILED_FILL = WARM_ROWS + 6  # one of the phase "hand-over"
 # --- the bridge's worker ----------------------------------------------------------------------------------------------
 
 
@@ -100,10 +104,11 @@ def make_config(root: Path, size: str, anchors: int | None) -> Any:
         bridge=BridgeConfig(
             transport="cuda_ipc" if full else "shared_memory",
             sglang_args={"load_format": "dummy"} if full else {},
-            memory_fraction=0.25 if full else None,
+            memory_fraction=0.15 if full else None,
         ),
-        trainer=TrainerConfig(memory_fraction=0.5 if full else None),
-        epochs=20,
+        trainer=TrainerConfig(memory_fraction=0.25 if full else None),
+        epochs=200,
+        max_steps=1000,
         anchors_per_row=anchors,
     )
 
@@ -113,21 +118,65 @@ def say(name: str, value: Any) -> None:
     print(f"| {name} | {value} |", flush=True)
 
 
-class Run:
-    """A bridge, a draft and its step. `measure` prints one phase."""
+def first_steps(config: Any, draft: Any, mesh: Any, accumulations: list[int]) -> dict[int, tuple[Any, Any]]:
+    """The jitted step and a state for it, by accumulation; compiled and run on a row of ones."""
+    import jax
+    import jax.numpy as jnp
 
-    def __init__(self, root: Path, size: str, bridge: Any, config: Any, mesh: Any, draft: Any, target: Any):
+    from jaxdraft.objective import Batch, Frozen, batch_shardings
+    from jaxdraft.sharding import frozen_sharding
+    from jaxdraft.train_step import StepConfig, init_state, make_train_step, state_shardings
+
+    tokens, width = config.data.row_tokens, draft.hidden_size * len(draft.target_layer_ids)
+    batch = Batch(
+        tokens=jnp.zeros((1, tokens), jnp.int32),
+        segment_start=jnp.zeros((1, tokens), jnp.int32),
+        loss_mask=jnp.ones((1, tokens), jnp.uint8),
+        features=jnp.ones((1, tokens, width), jnp.bfloat16),
+        num_tokens=jnp.full((1,), tokens, jnp.int32),
+        row_ids=jnp.zeros((1,), jnp.int32),
+    )
+    batch, key = jax.device_put(batch, batch_shardings(mesh)), jax.random.key(0)
+    matrix = jax.device_put(jnp.ones((draft.vocab_size, draft.hidden_size), jnp.bfloat16), frozen_sharding(mesh))
+    steps = {}
+    for accumulation in accumulations:
+        options = StepConfig(
+            num_anchors=config.num_anchors,
+            total_steps=config.max_steps,
+            anchor_rule=config.anchor_rule,
+            accumulation=accumulation,
+            compute_dtype=config.compute_dtype,
+        )
+        start = time.monotonic()
+        init = functools.partial(init_state, draft, config.optim, options)
+        state = jax.jit(init, out_shardings=state_shardings(draft, config.optim, options, mesh))(key)
+        step = make_train_step(
+            draft, config.loss, config.optim, options, Frozen(embedding=matrix, head=matrix), mesh=mesh
+        )
+        for _ in range(accumulation):
+            state, metrics = step(state, batch, key)
+        jax.block_until_ready((state, metrics))
+        say(f"first step{_of(accumulation)}", f"{time.monotonic() - start:.0f} s, compilation included")
+        steps[accumulation] = step.func, state
+    return steps
+
+
+def _of(accumulation: int) -> str:
+    return "" if accumulation == 1 else f", accumulation {accumulation}"
+
+
+class Run:
+    """A bridge and the compiled steps; a method a phase."""
+
+    def __init__(self, root: Path, size: str, bridge: Any, config: Any, mesh: Any, steps: Any, target: Any):
         import jax
         import numpy as np
 
         from jaxdraft.bridges import memory_use
-        from jaxdraft.features import FeatureStream
         from jaxdraft.frozen import FrozenWeights
         from jaxdraft.run import make_plan
 
-        self.root, self.rows, self.bridge, self.config, self.mesh, self.draft = (
-            root, ROWS[size], bridge, config, mesh, draft,
-        )  # fmt: skip
+        self.root, self.rows, self.bridge, self.config, self.mesh = root, ROWS[size], bridge, config, mesh
         device = mesh.local_devices[0]
         before = (device.memory_stats() or {}).get("bytes_in_use", 0)
         self.frozen = FrozenWeights(config, target, bridge, mesh, config.compute_dtype)
@@ -139,27 +188,17 @@ class Run:
         lengths = np.frombuffer(bridge.ready.indexes["train"].lengths, "<i4")
         self.plan = make_plan(config, lengths, np.empty(0, np.int32), 1)
         self.key = jax.random.key(0)
-        self.stream = FeatureStream(bridge, self.plan.requests(0), mesh)
+        self.requests = self.plan.requests(0)  # read once: no picture comes again before the epoch's end
         self.capture_s = self.batch = None
+        self.steps = steps
 
-    def make_step(self, accumulation: int) -> tuple[Any, Any]:
-        """The jitted step and a new state for it."""
-        import jax
+    def warm_up(self) -> None:
+        """Rows of different lengths, so that the target's kernels are there."""
+        from jaxdraft.features import FeatureStream
 
-        from jaxdraft.train_step import StepConfig, init_state, make_train_step, state_shardings
-
-        config = self.config
-        options = StepConfig(
-            num_anchors=config.num_anchors,
-            total_steps=self.plan.total_steps,
-            anchor_rule=config.anchor_rule,
-            accumulation=accumulation,
-            compute_dtype=config.compute_dtype,
-        )
-        init = functools.partial(init_state, self.draft, config.optim, options)
-        state = jax.jit(init, out_shardings=state_shardings(self.draft, config.optim, options, self.mesh))(self.key)
-        step = make_train_step(self.draft, config.loss, config.optim, options, self.frozen, mesh=self.mesh)
-        return step, state
+        stream = FeatureStream(self.bridge, itertools.islice(self.requests, WARM_ROWS), self.mesh)
+        for slot in stream:
+            stream.release(slot.filled)
 
     def hand_over(self) -> None:
         """One slot is under way at a time: the trainer waits for each."""
@@ -167,7 +206,7 @@ class Run:
 
         from jaxdraft.features import FeatureStream
 
-        stream = FeatureStream(self.bridge, itertools.islice(self.plan.requests(0), self.rows), self.mesh)
+        stream = FeatureStream(self.bridge, itertools.islice(self.requests, self.rows), self.mesh)
         stream._num_slots = 1
         times, fills = [], []
         for slot in stream:
@@ -222,13 +261,12 @@ class Run:
         """Step alone, then both together; the parts' sum is of this very run."""
         import jax
 
-        batch, (step, state) = self.one_batch(), self.make_step(accumulation)
-        name = "" if accumulation == 1 else f", accumulation {accumulation}"
-        start = time.monotonic()
+        batch, (compiled, state) = self.one_batch(), self.steps.pop(accumulation)
+        step = functools.partial(self._step, compiled)
+        name = _of(accumulation)
         for _ in range(2 * accumulation):
             state, metrics = step(state, batch, self.key)
         jax.block_until_ready((state, metrics))
-        say(f"first steps{name}", f"{time.monotonic() - start:.0f} s, compilation included")
         count = self.rows // accumulation * accumulation
         start = time.monotonic()
         for _ in range(count):
@@ -237,6 +275,9 @@ class Run:
         step_s = (time.monotonic() - start) / count
         say(f"step alone, with optimizer{name}", f"{1000 * step_s:.1f} ms a row")
         self.together(step, state, step_s, name)
+
+    def _step(self, compiled: Any, state: Any, batch: Any, key: Any) -> Any:
+        return compiled(self.frozen(), state, batch, key)
 
     def together(self, step: Callable[..., Any], state: Any, step_s: float, name: str) -> None:
         """As `jaxdraft.train` does it: a slot goes back when its step is done, a step late."""
@@ -270,7 +311,9 @@ class Run:
             say(f"together / (capture alone + step alone){name}", f"{a_row / (self.capture_s + step_s):.3f}")
 
 
-def main(root: Path, size: str, python: str, phases: list[str], anchors: int | None) -> None:
+def main(
+    root: Path, size: str, python: str, phases: list[str], anchors: int | None, rows: int | None, wait_for: Path | None
+) -> None:
     from jaxdraft import runtime
     from jaxdraft.gpu_memory import claim_gpu_memory, limit_gpu_memory
 
@@ -281,6 +324,7 @@ def main(root: Path, size: str, python: str, phases: list[str], anchors: int | N
 
     from feature_bridge.client import connect
     from jaxdraft.bridges import make_bridge_spec
+    from jaxdraft.features import FeatureStream
     from jaxdraft.sharding import make_mesh
     from jaxdraft.target import make_draft_config, open_target
 
@@ -288,61 +332,35 @@ def main(root: Path, size: str, python: str, phases: list[str], anchors: int | N
     claim_gpu_memory([device])
     target = open_target(config.target)
     draft = make_draft_config(config.draft, target)
-    started = time.monotonic()
-    with connect(
-        make_bridge_spec(config, draft.target_layer_ids),
-        log_path=root / "bridge.log",
-        python=python,
-        worker="benchmarks.bridge_row:TimedWorker",
-        env={"PYTHONPATH": path_with_repository()},
-    ) as bridge:
+    mesh = make_mesh(data=1, devices=[device])
+    accumulations = [n for n, phase in ((1, "step"), (ACCUMULATION, "accumulated")) if phase in phases]
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
+        compiled = pool.submit(first_steps, config, draft, mesh, accumulations)  # while the bridge starts
+        started = time.monotonic()
+        bridge = connect(
+            make_bridge_spec(config, draft.target_layer_ids),
+            log_path=root / "bridge.log",
+            python=python,
+            worker="benchmarks.bridge_row:TimedWorker",
+            env={"PYTHONPATH": path_with_repository()},
+        )
+        stack.enter_context(bridge)
         say("machine", f"{device.device_kind}; {bridge.ready.target.backend}; jax {jax.__version__}")
         say("bridge ready after", f"{time.monotonic() - started:.0f} s")
-        run = Run(root, size, bridge, config, make_mesh(data=1, devices=[device]), draft, target)
+        run = Run(root, size, bridge, config, mesh, compiled.result(), target)
+        run.rows = rows or run.rows
+        run.warm_up()
+        while wait_for is not None and not wait_for.exists():
+            time.sleep(0.1)
         if "hand-over" in phases:
             run.hand_over()
+        run.stream = FeatureStream(bridge, run.requests, mesh)
         if "capture" in phases:
             run.capture()
         if "step" in phases:
             run.step()
         if "accumulated" in phases:
             run.step(ACCUMULATION)
-
-
-def _row(row_id: int, samples: Any) -> Any:
-    from feature_bridge.contracts import Row
-
-    return Row(row_id=row_id, samples=tuple(samples))
-
-
-def of_trace(trace: Path) -> dict[str, str]:
-    """What torch's profiler saw the GPU do for one row: kernels, pauses between them, bytes by kind of copy."""
-    if not trace.is_file():
-        return {}
-    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("ph") == "X"]
-    on_gpu = sorted(
-        (e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")), key=lambda e: e["ts"]
-    )
-    if not on_gpu:
-        return {"GPU": "nothing was recorded"}
-    busy = sum(e["dur"] for e in on_gpu) / 1000
-    first, last = on_gpu[0]["ts"], max(e["ts"] + e["dur"] for e in on_gpu)
-    gaps, end = [], first
-    for event in on_gpu:
-        gaps.append((event["ts"] - end) / 1000)
-        end = max(end, event["ts"] + event["dur"])
-    found = {
-        "GPU busy": f"{busy:.1f} ms of {(last - first) / 1000:.1f} ms from its first to its last work",
-        "longest pauses of the GPU": ", ".join(f"{gap:.1f}" for gap in sorted(gaps)[:-6:-1]) + " ms",
-        "work items": f"{len(on_gpu)}",
-    }
-    copies: dict[str, list[int]] = {}
-    for event in on_gpu:
-        if event["cat"] == "gpu_memcpy":
-            copies.setdefault(event["name"].split("(")[0].strip(), []).append(int(event["args"].get("bytes", 0)))
-    for kind, sizes in copies.items():
-        found[kind] = f"{sum(sizes):,} bytes in {len(sizes)} copies, the largest {max(sizes):,}"
-    return found
 
 
 def quantiles(seconds: list[float]) -> str:
@@ -363,7 +381,9 @@ if __name__ == "__main__":
     parser.add_argument("python", nargs="?", default=sys.executable)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--phases", default=",".join(PHASES))
-    parser.add_argument("--anchors", type=int, default=None)
+    parser.add_argument("--anchors", type=int, default=None, help="of a row")
+    parser.add_argument("--rows", type=int, default=None, help="measured in each phase")
+    parser.add_argument("--wait-for", type=Path, default=None, help="nothing is timed before this file is there")
     args = parser.parse_args()
     size = "quick" if args.quick else "full"
-    main(args.root, size, args.python, args.phases.split(","), args.anchors)
+    main(args.root, size, args.python, args.phases.split(","), args.anchors, args.rows, args.wait_for)

@@ -13,6 +13,7 @@ import argparse
 import atexit
 import ctypes
 import faulthandler
+import gc
 import importlib
 import os
 import queue
@@ -112,6 +113,8 @@ def serve(connection: wire.Connection, spec: BridgeSpec, worker_path: str) -> No
     threading.Thread(target=_read, args=(connection, ring, requests), name="reader", daemon=True).start()
 
     worker = load_worker(worker_path)(spec)
+    gc.collect()
+    gc.freeze()  # a target's million objects stay: to look through them takes the collector a tenth of a second
     layout = spec.slot_layout(worker.ready.feature_width)
     memory, ring_memory, fds = create_memory(spec.transport, layout, spec.num_slots, spec.slot_gpu)
     connection.send(worker.ready)

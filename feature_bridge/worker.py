@@ -256,11 +256,10 @@ class Worker:
             features = torch.empty((row_tokens, features.shape[-1]), dtype=features.dtype, device=device)
         features.zero_()
 
-        num_layers = len(self.target.layer_ids)
-        features_skh = features.unflatten(-1, (num_layers, -1))
-        for layer, states in enumerate(extend(self.target, [sample for sample, _ in used])):
-            for span, part in _runs([span for _, span in used]):
-                features_skh[span, layer] = states[part]
+        features_skh = features.unflatten(-1, (len(self.target.layer_ids), -1))
+        layers = extend(self.target, [sample for sample, _ in used])
+        for span, part in _runs([span for _, span in used]):
+            torch.cat([states[part] for states in layers], dim=-1, out=features[span])
         faults = find_faults(self.target, features_skh, [span for _, span in used])
         if len(used) > 1 and all(faults):
             names = _names([sample for sample, _ in used])

@@ -10,14 +10,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from feature_bridge.contracts import Filled, FilledRow, Row
-from feature_bridge.memory import CUDA, Producer
+from feature_bridge.memory import Producer
 from jaxdraft.bridges import Bridge, BridgeError, Seat, seats, teams
 from jaxdraft.objective import Batch, batch_shardings
 
@@ -68,7 +68,8 @@ class FeatureStream:
         self._exhausted = False
         self._pending: deque[Request] = deque()  # asked for and not returned
         self._borrowed: dict[tuple[Filled, ...], Batch] = {}  # returned and not released
-        self._views = _Views()
+        # Views made ahead: one takes JAX most of a millisecond, and slots come round again.
+        self._views: dict[tuple[Producer, ...], dict[str, jax.Array]] = {}
         self._num_slots = min(bridge.num_slots for bridge in self._bridges)
         self.seconds_waiting = 0.0
 
@@ -105,12 +106,13 @@ class FeatureStream:
         batch = self._borrowed.pop(filled)
         for array in (batch.tokens, batch.segment_start, batch.loss_mask, batch.features):
             array.delete()
-        again = [(seat.device, _producers(seat.device, *where)) for seat, *where in self._parts(filled)]
+        # The next views of the same memory, while a step runs. (A GPU's copies of host memory have to wait for it.)
+        parts = self._parts(filled)
+        if all(bridge.transport == "cuda_ipc" or seat.device.platform == "cpu" for seat, bridge, *_ in parts):
+            self._views[self._place(filled)] = self._make_views(filled)
         for bridge, one in zip(self._bridges, filled, strict=True):
             bridge.release(one.slot, one.generation)
         self._ask()
-        for device, producers in again:  # while the next slot is being filled, and a step runs
-            self._views.make(device, producers)
 
     def _ask(self) -> None:
         """Tops up the requests under way."""
@@ -149,26 +151,37 @@ class FeatureStream:
             for rank, seat in enumerate(team):
                 yield seat, bridge, one, rank
 
-    def _shard(self, device: jax.Device, bridge: Bridge, filled: Filled, rank: int) -> Batch:
-        rows = filled.parts[rank].rows
-        small = {
-            "num_tokens": np.asarray([row.num_tokens for row in rows], np.int32),
-            "row_ids": np.asarray([row.row_id for row in rows], np.int32),
-        }
-        views = self._views.take(device, _producers(device, bridge, filled, rank))
-        return Batch(**views, **jax.device_put(small, device))
-
     def _view(self, filled: tuple[Filled, ...]) -> Batch:
         """The filled slots as one batch of global arrays; the shard of each device is its slot's memory."""
-        shards = [self._shard(seat.device, *where) for seat, *where in self._parts(filled)]
+        views = self._views.pop(self._place(filled), None) or self._make_views(filled)
+        parts = [(seat.device, one.parts[rank].rows) for seat, _, one, rank in self._parts(filled)]
+        num_tokens, row_ids = (
+            self._assemble(name, [jax.device_put(np.asarray(values, np.int32), device) for device, values in shards])
+            for name, shards in (
+                ("num_tokens", [(device, [row.num_tokens for row in rows]) for device, rows in parts]),
+                ("row_ids", [(device, [row.row_id for row in rows]) for device, rows in parts]),
+            )
+        )
+        return Batch(**views, num_tokens=num_tokens, row_ids=row_ids)
+
+    def _make_views(self, filled: tuple[Filled, ...]) -> dict[str, jax.Array]:
+        shards = []
+        for seat, *where in self._parts(filled):
+            producers = _producers(seat.device, *where)
+            arrays = {name: jax.dlpack.from_dlpack(producer, copy=False) for name, producer in producers.items()}
+            # Where they are already, except that a GPU needs a copy of host memory.
+            shards.append(jax.device_put(arrays, seat.device))
+        return {name: self._assemble(name, [shard[name] for shard in shards]) for name in shards[0]}
+
+    def _assemble(self, name: str, shards: list[jax.Array]) -> jax.Array:
         if self._mesh is None:
             return shards[0]
+        sharding = getattr(batch_shardings(self._mesh), name)
+        return jax.make_array_from_single_device_arrays(_global_shape(shards[0].shape, sharding), sharding, shards)
 
-        def assemble(sharding: NamedSharding, *arrays: jax.Array) -> jax.Array:
-            shape = _global_shape(arrays[0].shape, sharding)
-            return jax.make_array_from_single_device_arrays(shape, sharding, list(arrays))
-
-        return jax.tree.map(assemble, batch_shardings(self._mesh), *shards)
+    def _place(self, filled: tuple[Filled, ...]) -> tuple[Producer, ...]:
+        """Where the slots are in memory."""
+        return tuple(p for seat, *where in self._parts(filled) for p in _producers(seat.device, *where).values())
 
 
 def _producers(device: jax.Device, bridge: Bridge, filled: Filled, rank: int) -> dict[str, Producer]:
@@ -176,30 +189,6 @@ def _producers(device: jax.Device, bridge: Bridge, filled: Filled, rank: int) ->
     on_host = bridge.transport != "cuda_ipc"
     device_id = 0 if on_host and device.platform != "cpu" else device.local_hardware_id
     return bridge.slot(filled, device_id, rank=rank)
-
-
-class _Views:
-    """JAX arrays over slots, some made ahead: a view takes JAX most of a millisecond, and a slot's place is known."""
-
-    def __init__(self) -> None:
-        self._ahead: dict[Any, dict[str, jax.Array]] = {}
-
-    def make(self, device: jax.Device, producers: dict[str, Producer]) -> None:
-        """A view for the next time that this memory is filled. It must be the CPU's own or a GPU's: no copy is made."""
-        if {producer.device[0] for producer in producers.values()} == {CUDA} or device.platform == "cpu":
-            self._ahead[_place(device, producers)] = _views(device, producers)
-
-    def take(self, device: jax.Device, producers: dict[str, Producer]) -> dict[str, jax.Array]:
-        return self._ahead.pop(_place(device, producers), None) or _views(device, producers)
-
-
-def _place(device: jax.Device, producers: dict[str, Producer]) -> Any:
-    return device, tuple(producers.values())
-
-
-def _views(device: jax.Device, producers: dict[str, Producer]) -> dict[str, jax.Array]:
-    arrays = {name: jax.dlpack.from_dlpack(producer, copy=False) for name, producer in producers.items()}
-    return jax.device_put(arrays, device)  # where they are already, except that a GPU needs a copy of host memory
 
 
 def _global_shape(shape: tuple[int, ...], sharding: NamedSharding) -> tuple[int, ...]:
