@@ -234,20 +234,17 @@ def print_evaluation(console: Console, summary: dict[str, Any]) -> None:
     if "tau_sampled" in summary:
         table.add_row("sampled", number(summary["tau_sampled"]), f"at temperature {summary['temperature']:g}")
     console.print(table)
-    buckets = Table(
-        title="tau of the replay and teacher-forced, 95 % intervals over conversations", title_justify="left"
-    )
-    for name in ("", "conversations", "verify calls", "tau", "interval", "teacher-forced", "interval"):
+    buckets = Table(title="tau, with 95 % intervals over conversations", title_justify="left")
+    for name in ("", "convers.", "calls", "replayed", "teacher-forced"):
         buckets.add_column(name, justify="right" if name else "left")
     for bucket in summary["tau_table"]:
+        forced = [number(bucket[f"{which}_teacher_forced"], 2) for which in ("tau", "low", "high")]
         buckets.add_row(
-            f"{bucket['kind']} {bucket['name']}".strip(),
+            bucket["name"] if bucket["kind"] == "modality" else f"{bucket['kind']} {bucket['name']}".strip(),
             str(bucket["conversations"]),
             str(bucket["calls"]),
-            f"{bucket['tau']:.2f}",
-            f"{bucket['low']:.2f} - {bucket['high']:.2f}",
-            number(bucket["tau_teacher_forced"], 2),
-            " - ".join(number(bucket[f"{end}_teacher_forced"], 2) for end in ("low", "high")),
+            f"{bucket['tau']:.2f} ({bucket['low']:.2f}-{bucket['high']:.2f})",
+            f"{forced[0]} ({forced[1]}-{forced[2]})",
         )
     console.print(buckets)
     slots = Table(title="share of blocks in which a slot is accepted", title_justify="left")

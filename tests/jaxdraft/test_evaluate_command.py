@@ -69,7 +69,7 @@ def test_evaluate(config, directory):
     console = Console(record=True, width=120, file=io.StringIO())
     print_evaluation(console, summary)
     text = console.export_text()
-    for words in ("modality several pictures", "position 0-31", "at temperature 0.8", "interval", "1.000 x replayed"):
+    for words in ("several pictures", "position 0-31", "at temperature 0.8", "intervals", "1.000 x replayed"):
         assert words in text
 
 
