@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import safe_open
+from safetensors import flax, safe_open
 from safetensors.numpy import save_file
 from tiny_models import FAMILIES, make_model
 
@@ -108,6 +108,23 @@ def test_quantised_embedding_or_head_is_refused(tmp_path, tensors):
     config = write_target(tmp_path, tensors=tensors, tie_word_embeddings=False)
     with pytest.raises(ValueError, match="quantised.*left out of the quantisation"):
         load_frozen(config, open_target(config), jnp.float32)
+
+
+def test_layers_in_8_bits_beside_a_plain_embedding_and_head_are_fine(tmp_path):
+    tensors = {
+        "model.embed_tokens.weight": jnp.bfloat16(random_matrix(V, H)),
+        "lm_head.weight": jnp.bfloat16(random_matrix(V, H)),
+        "model.layers.0.mlp.up_proj.weight": jnp.zeros((4, H), jnp.float8_e4m3fn),
+        "model.layers.0.mlp.up_proj.weight_scale_inv": jnp.ones((1, 1)),
+    }
+    config = write_target(tmp_path, tie_word_embeddings=False, quantization_config={"quant_method": "fp8"})
+    flax.save_file(tensors, tmp_path / "model.safetensors")
+    embedding, head = load_frozen(config, open_target(config), jnp.bfloat16)
+    assert (embedding == tensors["model.embed_tokens.weight"]).all()
+    assert (head == tensors["lm_head.weight"]).all()
+    flax.save_file(tensors | {"lm_head.weight": jnp.zeros((V, H), jnp.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head.weight is quantised \(F8_E4M3\)"):
+        load_frozen(config, open_target(config), jnp.bfloat16)
 
 
 def test_wrong_shape_is_refused(tmp_path):
