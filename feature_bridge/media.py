@@ -125,7 +125,9 @@ def describe(media: Media) -> str:
 def _open(encoded: bytes, name: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(encoded))
-    except Exception as error:  # as above: also DecompressionBombError, SyntaxError, struct.error
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"picture {name} is too large to decode safely: {error}") from error
+    except Exception as error:  # as above: also SyntaxError, struct.error
         raise MediaError(f"picture {name} is not an image file that PIL reads") from error
 
 

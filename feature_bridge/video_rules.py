@@ -84,11 +84,12 @@ class VideoRules:
         Returns: the text that takes the place of `placeholder`, and seconds from one step to the next.
         """
         merge, metadata = self._rules.merge_size, _metadata(clip, indices)
+        seconds = self._rules.temporal_patch_size / metadata.sampled_fps  # before the processor writes into metadata
         processor = copy.copy(self._loaded)
         processor.video_processor = _GridOnly(self._rules, (steps, merge, merge), metadata)
         ids = processor(text=[placeholder], videos=[np.zeros(_SMALLEST, np.uint8)], do_sample_frames=False)["input_ids"]
         text = self._loaded.tokenizer.decode(ids[0], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text, self._rules.temporal_patch_size / metadata.sampled_fps
+        return text, seconds
 
     def pixels(
         self, frames: UInt8[np.ndarray, "F H W 3"], clip: Clip, indices: Sequence[int]

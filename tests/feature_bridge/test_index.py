@@ -17,6 +17,7 @@ from feature_bridge import scan as scan_module
 from feature_bridge.contracts import TargetSpec
 from feature_bridge.index import build_indexes, format_counts
 from feature_bridge.media import MediaError
+from feature_bridge.samples import render_inputs
 
 TARGET = TargetSpec(path=str(TINY_TARGET), layer_ids=(0,))
 
@@ -177,6 +178,31 @@ def test_bad_line_is_skipped_with_its_number_and_reason(name, bad_index):
     skipped = {skip.where: skip.reason for skip in bad_index.skipped}
     assert reason in skipped[f"train.jsonl:{number}"]
     assert bad_index.counts[f"skipped: {kind}"] == sum(k == kind for _, k, _ in BAD_LINES.values())
+
+
+def test_unusual_pictures_are_used_and_a_bomb_is_not(processor, rng, tmp_path):
+    """1x1, larger than max_pixels, other modes, 16 bits, animated: all in one file, with one that is too big."""
+    colour = picture(rng, 70, 50)
+    colour.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    colour.convert("P").save(tmp_path / "palette.gif")
+    Image.fromarray(rng.integers(0, 1 << 16, (50, 70), np.uint16)).save(tmp_path / "deep.png")
+    colour.save(tmp_path / "moving.webp", save_all=True, append_images=[picture(rng, 70, 50)], duration=50)
+    picture(rng, 1, 1).save(tmp_path / "dot.png")
+    picture(rng, 700, 500).save(tmp_path / "large.png")
+    Image.new("1", (20000, 10000)).save(tmp_path / "bomb.png")
+    names = ["cmyk.jpg", "palette.gif", "deep.png", "bomb.png", "moving.webp", "dot.png", "large.png"]
+    path = write_jsonl(tmp_path / "t.jsonl", [chat("Q", "A", images=[name], id=name) for name in names])
+    index = build(path, processor)["train"]
+    assert ids(index) == [name for name in names if name != "bomb.png"]
+    assert [skip.where for skip in index.skipped] == ["t.jsonl:4"]
+    assert "bomb.png is too large to decode safely" in index.skipped[0].reason
+    for position in range(len(index)):
+        sample = index.sample(position)
+        pixels, grids = render_inputs(sample, processor)
+        assert (len(pixels), grids) == (np.prod(grids), sample.image_grids)
+        assert np.isfinite(pixels).all()
+        most = processor.image_processor.size["longest_edge"] // processor.image_processor.patch_size**2
+        assert len(pixels) <= most
 
 
 def test_the_other_lines_survive(bad_index):

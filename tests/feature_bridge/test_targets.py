@@ -5,15 +5,18 @@ SGLang runs in processes of its own (`sglang_capture.py`), all started once; the
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import target_requests
 import torch
@@ -260,6 +263,35 @@ def test_transformers_target_gives_layer_outputs(run, model_paths):
         assert torch.equal(got.features, want)
         assert torch.equal(got.hidden, output.hidden_states[-1][0])
         torch.testing.assert_close(target.logits(got.hidden), output.logits[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"video_grids": ((3, 4, 4),)}, "20 video tokens, but grids ((3, 4, 4),) make 12"),
+        ({"video_grids": ()}, "20 video tokens without a video"),
+        ({"seconds_per_step": ()}, "1 videos, but seconds_per_step=()"),
+        ({"video_values": None}, "pixel_values of shape None"),
+    ],
+)
+def test_a_video_that_does_not_fit_its_request(family, change, message, model_paths):
+    target = reference(model_paths[family], layer_ids_of(family))
+    request = target_requests.videos(target.config, [(5, 4, 4)], 1.0, 3)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        target.extend([dataclasses.replace(request, **change)])
+    broken = request.tokens.copy()
+    first = np.flatnonzero(broken == target.config.video_token_id)[1]
+    broken[[0, first]] = broken[[first, 0]]
+    with pytest.raises(ValueError, match="the video tokens of a frame are not next to each other"):
+        target.extend([dataclasses.replace(request, tokens=broken)])
+
+
+def test_a_text_target_takes_no_videos(model_paths):
+    target = reference(model_paths["qwen3"], layer_ids_of("qwen3"))
+    request = dataclasses.replace(target_requests.text(target.config, 5, 1), video_grids=((1, 2, 2),))
+    with pytest.raises(ValueError, match=r"the target \(qwen3\) takes no videos, and the request has some"):
+        target.extend([request])
 
 
 # --- choosing and refusing -------------------------------------------------------------------------------------------
