@@ -77,3 +77,30 @@ def test_serve(tmp_path):
     assert "length in the server is not the training sample's: 0" in result.stdout
     assert "the same number of verify calls as in the replay: 2 of 2" in result.stdout
     assert re.search(r"^\| all \| 2 \| (\d+), \1 \| ([\d.]+), \2 \| \+0.00% \| ([\d.]+), \3 \|", result.stdout, re.M)
+
+
+def test_bridge_quick(tmp_path):
+    """Its row: target and data, a bridge, the hand-over and the capture; the steps are `test_step_quick`'s."""
+    for command in (
+        ["benchmarks.bridge_data", str(tmp_path), "--quick"],
+        ["benchmarks.bridge_row", str(tmp_path), "--quick", "--phases", "hand-over,capture", "--rows", "3"],
+    ):
+        result = subprocess.run(
+            [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+    table = dict(line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("| "))
+    assert table["pointers equal the slot's"] == "all of 3 rows"
+    assert re.match(r"[\d,]+ tokens/s, [\d.]+ samples/s", table["capture alone, throughput"])
+
+
+def test_several_gpus(tmp_path):
+    """On virtual devices: a mesh beside one device, and a bridge on each of two."""
+    command = [sys.executable, "-m", "benchmarks.several_gpus", "--quick", "--devices", "2", "--out", str(tmp_path)]
+    command += ["--parts", "steps,bridge", "--meshes", "fsdp", "--targets", "each"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    rows = dict(re.findall(r"^\| ([^|]*) \| (.*) \|$", result.stdout, re.M))
+    assert float(rows["fsdp=2: losses 1 and 20"].split()[-1]) < 1e-3
+    assert "all-gather" in rows["fsdp=2: sends"]
+    assert rows["a target on each of 2 GPUs"].startswith("8 rows: the same bits")
