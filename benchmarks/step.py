@@ -246,6 +246,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["4b", "8b"], choices=SHAPES)
     parser.add_argument("--attention", nargs="+", default=["auto"], help="implementations of the block attention")
     parser.add_argument("--head-chunk-tokens", nargs="+", type=int, default=[], help="also these chunks of the head")
+    parser.add_argument("--float8-head", action="store_true", help="also with the head's products in 8 bits")
     parser.add_argument("--peers", nargs="*", metavar="SHAPE", help="SpecForge, at these shapes (all): to be installed")
     parser.add_argument("--scaling", action="store_true", help="also other numbers of anchors, rows, tokens, V")
     parser.add_argument(
@@ -274,6 +275,8 @@ def main() -> None:
             shape = SHAPES[name]
             jobs += [ours(pool, name, shape, attention=attention) for attention in args.attention]
             jobs += [ours(pool, name, shape, head_chunk_tokens=n) for n in args.head_chunk_tokens]
+            if args.float8_head:
+                jobs.append(ours(pool, name, shape, head_dtype="float8_e4m3fn"))
             if shape is SHAPES[args.shapes[0]] and not args.no_optimizer:
                 jobs.append(with_optimizer(pool, name, shape, args.attention[0]))
             for change in (TINY_SCALING if args.quick else SCALING) if args.scaling else ():

@@ -107,13 +107,12 @@ def abstract_inputs(shape: Shape):
     return jax.eval_shape(lambda: (*weights.__wrapped__(shape.draft()), *make_batch(shape)))
 
 
-def forward_backward(params, frozen, batch, anchors, valid, *, draft: DraftConfig, **options):
+def forward_backward(params, frozen, batch, anchors, valid, *, draft: DraftConfig, head_dtype=None, **options):
     """(loss, gradients): float32 masters in, gradients in bfloat16 out, as in a training step on one device."""
+    config = LossConfig(head_dtype=head_dtype)
 
     def loss(params):
-        sums = predict(
-            params, frozen, batch, anchors, valid, draft=draft, loss=LossConfig(), supervised_only=True, **options
-        ).sums
+        sums = predict(params, frozen, batch, anchors, valid, draft=draft, loss=config, training=True, **options).sums
         return sums.numerator / sums.denominator
 
     return jax.value_and_grad(loss)(narrow_matrices(params, "bfloat16"))

@@ -28,10 +28,16 @@ class LossConfig:
     """Decay exp(-(k-1)/gamma) over the slots, dflash only: 7, 5, 4 for block size 16, 10, 8; None: no decay."""
     dpace_alpha: float = 0.5
     """D-PACE's smoothing of the confidence, 0 (none) to 1 (ignore it)."""
+    head_dtype: Literal["float8_e4m3fn"] | None = None
+    """float8_e4m3fn: products with the frozen head in 8 bits while training (Hopper GPUs); None: in compute_dtype."""
 
     def __post_init__(self):
         if self.kind not in LOSS_KINDS:
             raise ValueError(f"loss.kind={self.kind!r} is unknown; choose one of {', '.join(LOSS_KINDS)}")
+        if self.head_dtype not in (None, "float8_e4m3fn"):
+            raise ValueError(
+                f"loss.head_dtype={self.head_dtype!r} is unknown; use float8_e4m3fn, or None for full precision"
+            )
         if self.gamma is not None and not self.gamma > 0:
             raise ValueError(f"loss.gamma={self.gamma} must be positive; use None for no decay")
         if not 0 <= self.dpace_alpha <= 1:

@@ -85,11 +85,11 @@ def predict(
     compute_dtype: str = "bfloat16",
     attention: str = "auto",
     head_chunk_tokens: int | None = None,
-    supervised_only: bool = False,
+    training: bool = False,
 ) -> Predictions:
     """The draft on the blocks at these anchors, and its losses; pure, differentiable in `params` through the sums.
 
-    With `supervised_only`, nothing is predicted where the loss does not count: the sums are the same, for less work.
+    In training nothing is predicted where the loss does not count, and the head's products are in `loss.head_dtype`.
 
     Raises:
       ValueError: the features are not as wide as the draft reads.
@@ -118,9 +118,10 @@ def predict(
         multiplier=draft.output_multiplier,
         softcap=draft.final_logit_softcapping,
         chunk_tokens=head_chunk_tokens,
+        head_dtype=loss.head_dtype if training else None,
     )
     rows = ("rows",)
-    read = labels.supervised if supervised_only else labels.inside
+    read = labels.supervised if training else labels.inside
     nll, predicted = per_device(cross_entropy, [rows, ("vocab",), rows, rows], [rows, rows], auto="tensor")(
         hidden_rnkh.reshape(len(anchors), -1, draft.hidden_size),
         frozen.head.astype(hidden_rnkh.dtype),

@@ -187,7 +187,7 @@ def make_train_step(
         )
 
         def numerator(params):
-            sums = objective(params, frozen, batch, anchors, valid, supervised_only=True).sums
+            sums = objective(params, frozen, batch, anchors, valid, training=True).sums
             return sums.numerator, sums
 
         # Gradients that are summed over devices leave their products in float32.

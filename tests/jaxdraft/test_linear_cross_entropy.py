@@ -26,7 +26,9 @@ def random_inputs(seed: int, r: int, t: int, v: int, h: int, dtype=jnp.float32):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("function", "multiplier", "softcap", "chunk_tokens", "logits_dtype"))
+@functools.partial(
+    jax.jit, static_argnames=("function", "multiplier", "softcap", "chunk_tokens", "logits_dtype", "head_dtype")
+)
 def value_and_gradient(function, hidden, head, labels, weights, **options):
     def loss(hidden):
         nll, predicted = function(hidden, head, labels, **options)
@@ -177,3 +179,23 @@ class CountedChunks:
     def __call__(self, *args, **options):
         jax.debug.callback(self.count)
         return self.function(*args, **options)
+
+
+@pytest.mark.parametrize("scalars", [{}, {"multiplier": 0.5, "softcap": 4.0}])
+def test_head_in_8_bits(scalars):
+    """Off by the rounding of 8-bit numbers and not more; a confident label stays exact."""
+
+    def error(ours, exact):
+        return np.linalg.norm(ours - exact) / np.linalg.norm(exact)
+
+    hidden, head, labels, weights = random_inputs(5, 2, 9, 203, 64)
+    for rows in (head / 8, (head / 8).at[labels[0, 0]].set(hidden[0, 0])):
+        inputs = hidden, rows, labels, weights
+        (nll, _), gradient = value_and_gradient(linear_cross_entropy, *inputs, head_dtype="float8_e4m3fn", **scalars)
+        (exact, _), exact_gradient = value_and_gradient(reference, *inputs, **scalars)
+        assert 1e-5 < error(nll, exact) < 0.03
+        assert 1e-4 < error(gradient, exact_gradient) < 0.06
+    if not scalars:
+        np.testing.assert_allclose(nll[0, 0], exact[0, 0], atol=1e-6)
+    with pytest.raises(ValueError, match="head_dtype='float16' is unknown"):
+        linear_cross_entropy(hidden, head, labels, head_dtype="float16")

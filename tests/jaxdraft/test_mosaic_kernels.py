@@ -85,7 +85,10 @@ def test_softmax_weights(v, dtype):
     rows, rng = jnp.arange(5), np.random.default_rng(v)
     logits = jnp.asarray(5 * rng.normal(size=(5, v)), dtype).at[4, v - 9].set(200.0)
     labels, exact = jnp.asarray([0, 7, v - 1, v - 1, 5]), jnp.asarray([30.0, 1.0, 31.0, -5.0, 2.0])
-    weights, scale, lse, argmax = softmax_weights(logits, labels, exact, interpret=True)
+    factor = jnp.full(5, 2.0)
+    weights, scale, lse, argmax = softmax_weights(
+        logits / 2, factor, labels, exact, weights_dtype=dtype, interpret=True
+    )
     expected = logits.astype(jnp.float32).at[rows, labels].set(exact)
     np.testing.assert_allclose(lse, jax.nn.logsumexp(expected, axis=-1), rtol=1e-6)
     np.testing.assert_array_equal(argmax, jnp.argmax(expected, axis=-1))
@@ -93,7 +96,14 @@ def test_softmax_weights(v, dtype):
     np.testing.assert_allclose(
         weights * scale[:, None], others, rtol=2e-5 if dtype == jnp.float32 else 2**-7, atol=1e-30
     )
-    nothing, *statistics = softmax_weights(logits, labels, exact, with_weights=False, interpret=True)
+    narrow, *statistics = softmax_weights(
+        logits / 2, factor, labels, exact, weights_dtype=jnp.float8_e5m2, interpret=True
+    )
+    np.testing.assert_allclose(statistics[1], lse, rtol=1e-6)
+    np.testing.assert_allclose(
+        narrow.astype(jnp.float32) * statistics[0][:, None], others, rtol=2**-3, atol=2**-16 * 0.6
+    )
+    nothing, *statistics = softmax_weights(logits / 2, factor, labels, exact, weights_dtype=None, interpret=True)
     assert nothing is None
     np.testing.assert_allclose(statistics[1], lse, rtol=1e-6)
 
