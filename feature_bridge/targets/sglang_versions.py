@@ -208,8 +208,10 @@ def ask_for_longest_picture_once() -> None:
     """
     from sglang.srt.layers.attention import vision
 
-    attention = vision.VisionTritonAttention
-    if hasattr(vision, "resolve_precomputed_max_seqlen") or vision.envs.SGLANG_VIT_ENABLE_CUDA_GRAPH.get():
+    attention = getattr(vision, "VisionTritonAttention", None)
+    if attention is None or hasattr(vision, "resolve_precomputed_max_seqlen"):
+        return
+    if vision.envs.SGLANG_VIT_ENABLE_CUDA_GRAPH.get():  # the graph has its own way
         return
 
     def forward(
