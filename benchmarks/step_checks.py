@@ -72,14 +72,18 @@ def check_loss(rng: np.random.Generator, *, quick: bool) -> None:
         (nll, predicted), backward = jax.vjp(lambda x: function(x, head, labels, **options), hidden)
         return nll, predicted, backward((jnp.ones_like(nll), np.zeros(nll.shape, jax.dtypes.float0)))[0]
 
-    loss = jax.jit(loss, static_argnames=("function", "logits_dtype"))
+    loss = jax.jit(loss, static_argnames=("function", "logits_dtype", "head_dtype"))
     exact = loss(hidden.astype(jnp.float32), head.astype(jnp.float32), full_cross_entropy)
-    for dtype, limit in (("float32", 1e-2), ("bfloat16", 4e-2)):
-        ours = loss(hidden, head, linear_cross_entropy, logits_dtype=dtype)
+    for name, limit, options in (
+        ("logits in float32", 1e-2, {"logits_dtype": "float32"}),
+        ("logits in bfloat16", 4e-2, {}),
+        ("head in 8 bits", 2e-1, {"head_dtype": "float8_e4m3fn"}),
+    ):
+        ours = loss(hidden, head, linear_cross_entropy, **options)
         errors = relative(ours[0], exact[0]), relative(ours[2], exact[2])
         agree = float(jnp.mean(ours[1] == exact[1]))
         print(
-            f"loss, nll up to {jnp.max(exact[0]):.0f}, logits in {dtype}: relative error of nll {errors[0]:.1e}, "
+            f"loss, nll up to {jnp.max(exact[0]):.0f}, {name}: relative error of nll {errors[0]:.1e}, "
             f"of the gradient {errors[1]:.1e}; same argmax {agree:.1%}",
             flush=True,
         )
