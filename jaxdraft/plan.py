@@ -155,10 +155,15 @@ def plan_step(
         "features and rows, in slots": config.bridge.num_slots * device_bytes(batch),
         "activations": int(saved),
         "logits, largest temporary": int(2 * chunk),
-        "target": int(2 * target_params),
+        "target": int(2 * target_params / config.bridge.tensor_parallel),
     }
 
     flop = useful_flop(draft, rows=rows, tokens=config.data.row_tokens, anchors=config.num_anchors)
+
+    # A target over `ranks` GPUs runs the rows of all of them; those of a tensor group share theirs.
+    ranks = config.bridge.tensor_parallel
+    shared = min(ranks, t)
+    target_sends = 4 * 2 * (ranks - 1) / shared * context * h * draft.num_target_layers if target_params else 0
 
     inside = machine.gpus_per_host
     sends = {
@@ -166,26 +171,30 @@ def plan_step(
         "gradients, summed over fsdp": (4 * params / t * (f - 1) / f, f * t > inside),
         "gradients, summed over data": (8 * params / (t * f) * (d - 1) / d, d * f * t > inside),
         "activations, summed over tensor": (2 * wide * (t - 1) / t * blocks * h * (4 * layers + 2), t > inside),
+        "target's activations, summed over its GPUs": (target_sends, ranks > inside),
         "context, gathered over tensor": (3 * wide * (t - 1) / t * context * h, t > inside),
     }
     micro = config.accumulation
     return StepPlan(
         memory=memory,
         flop=micro * flop / t,
-        target_flop=micro * 2 * target_params * context,  # each device runs its rows' target, also where it shares them
+        target_flop=micro * 2 * target_params * context / shared,
         traffic={name: (micro * size, outside) for name, (size, outside) in sends.items() if size},
     )
 
 
-def advice(plan: StepPlan, machine: Machine, mesh: Any) -> str:
-    """What to do where the memory does not suffice, else that it does."""
+def advice(plan: StepPlan, machine: Machine, mesh: Any, ranks: int = 1) -> str:
+    """What to do where the memory does not suffice, else that it does; `ranks`: GPUs that hold a target together."""
     need, there = sum(plan.memory.values()), machine.memory_gb * 1e9
     if need <= there:
         return f"fits: {gib(need)} of {gib(int(there))}"
     by_fsdp = plan.memory["masters and moments"] + plan.memory["gradients"]
     by_rows = plan.memory["activations"] + plan.memory["features and rows, in slots"]
     if plan.memory["target"] > there / 2:
-        remedy = "run the target on GPUs of its own"
+        remedy = (
+            f"raise bridge.tensor_parallel (now {ranks}), which divides the target, or give it GPUs of its own with "
+            "bridge.devices"
+        )
     elif by_fsdp >= by_rows:
         remedy = f"raise mesh.fsdp (now {mesh.shape['fsdp']}), which divides masters, moments and gradients"
     else:
@@ -222,7 +231,7 @@ def print_plan(console: Console, config: Config, draft: DraftConfig, mesh: Any, 
     for name, size in plan.memory.items():
         table.add_row(name, f"{size / 2**30:.2f}")
     table.add_row("all", f"{sum(plan.memory.values()) / 2**30:.2f}")
-    console.print(table, advice(plan, machine, mesh), sep="\n", highlight=False)
+    console.print(table, advice(plan, machine, mesh, config.bridge.tensor_parallel), sep="\n", highlight=False)
 
     work, sending = plan.seconds(machine)
     rows = config.rows_per_device * config.accumulation * num_row_groups(mesh)

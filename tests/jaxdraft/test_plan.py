@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import jax
 import pytest
@@ -25,6 +27,8 @@ from jaxdraft.plan import (
 from jaxdraft.sharding import make_mesh
 from jaxdraft.target import make_draft_config, open_target
 from jaxdraft.train_step import make_train_step
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "RESULTS.md"
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +62,20 @@ def test_arguments_and_outputs_are_xlas(tiny, sizes, tied):
     assert device_bytes(arguments) - device_bytes(shared) == matrix
 
 
-def recipe(tmp_path, *args, **changes):
+# Targets whose recorded steps are in RESULTS.md, by the beginning of their rows there.
+SHAPES = {
+    "Qwen3.5-4B": ("qwen35vl.py", {"num_hidden_layers": 32, "hidden_size": 2560, "vocab_size": 248_320, "head_dim": 256,
+                                   "intermediate_size": 9216, "num_attention_heads": 16, "num_key_value_heads": 4}),
+    "Qwen3-8B": ("qwen3_8b.py", {"num_hidden_layers": 36, "hidden_size": 4096, "vocab_size": 151_936, "head_dim": 128,
+                                 "intermediate_size": 12_288, "num_attention_heads": 32, "num_key_value_heads": 8}),
+}  # fmt: skip
+
+
+def recipe(tmp_path, shape="Qwen3.5-4B", **changes):
     """The reference recipe on the benchmark's row of 3072 tokens, with a target that is only a config.json."""
-    text = {"num_hidden_layers": 32, "hidden_size": 2560, "vocab_size": 248_320, "intermediate_size": 9216}
-    text |= {"num_attention_heads": 16, "head_dim": 256, "num_key_value_heads": 4}
+    name, text = SHAPES[shape]
     (tmp_path / "config.json").write_text(json.dumps({"text_config": text, "tie_word_embeddings": True}))
-    config = load_config("qwen35vl.py")
+    config = load_config(name)
     config = dataclasses.replace(
         config,
         target=dataclasses.replace(config.target, path=str(tmp_path)),
@@ -73,17 +85,42 @@ def recipe(tmp_path, *args, **changes):
     return config, make_draft_config(config.draft, open_target(config.target))
 
 
-def test_estimates_of_the_recorded_step(tmp_path):
-    """benchmarks/RESULTS.md, one H200: 50.2 TFLOP, 86.4 ms, 13.2 GB at the peak (no moments, one slot, no target)."""
-    config, draft = recipe(tmp_path)
-    plan = plan_step(config, draft, plan_mesh(config, 1), Machine(), tied=True)
-    assert plan.flop / 1e12 == pytest.approx(50.2, rel=0.01)
-    assert plan.seconds(Machine())[0] == pytest.approx(0.0864, rel=0.2)
+def tables(title: str) -> list[list[str]]:
+    """Every row of the tables in the section of RESULTS.md that begins so."""
+    sections = re.split(r"^## ", RESULTS.read_text(), flags=re.M)
+    section = next(section for section in sections if section.startswith(title))
+    lines = [line.strip("| ") for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+
+def number(cell: str) -> float:
+    """The first one."""
+    return float(re.search(r"[\d.,]+", cell)[0].replace(",", ""))
+
+
+def recorded(shape: str) -> dict[str, float]:
+    """ "ms", "useful TFLOP/s" and "peak GB" of a shape's first row in the tables of the training step."""
+    rows = tables("Training step")
+    header = next(row for row in rows if "useful TFLOP/s" in row)
+    row = next(row for row in rows if row[0].startswith(shape))
+    places = {title.split(" (")[0]: i for i, title in enumerate(header)}
+    return {name: number(row[places[name]]) for name in ("ms", "useful TFLOP/s", "peak GB")}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_estimates_of_the_recorded_steps(tmp_path, shape):
+    """Forward and backward on one H200, to 20 %: no moments, one slot, no target."""
+    config, draft = recipe(tmp_path, shape)
+    seen, machine = recorded(shape), Machine()
+    plan = plan_step(config, draft, plan_mesh(config, 1), machine, tied=True)
+    assert plan.flop / 1e9 == pytest.approx(seen["ms"] * seen["useful TFLOP/s"], rel=0.02)
+    assert 1e3 * plan.seconds(machine)[0] == pytest.approx(seen["ms"], rel=0.2)
+    assert machine.share * machine.tflops == pytest.approx(seen["useful TFLOP/s"], rel=0.2), "plan.Machine.share"
     assert not plan.traffic
     memory = dict(plan.memory)
     memory["masters and moments"] //= 3  # the masters
     memory["features and rows, in slots"] //= config.bridge.num_slots
-    assert sum(memory.values()) / 1e9 == pytest.approx(13.2, rel=0.2)
+    assert sum(memory.values()) / 1e9 == pytest.approx(seen["peak GB"], rel=0.2)
 
 
 def test_axes_divide_what_they_should(tmp_path):
@@ -104,6 +141,27 @@ def test_axes_divide_what_they_should(tmp_path):
         plan_mesh(dataclasses.replace(config, mesh=MeshConfig(fsdp=4)), 6)
 
 
+def test_a_target_over_several_gpus(tmp_path):
+    """Each has half of it, and works as much as before, unless the two of them share their rows."""
+    config, draft = recipe(tmp_path)
+    over_two = dataclasses.replace(config, bridge=dataclasses.replace(config.bridge, tensor_parallel=2))
+
+    def on(config, tensor):
+        mesh = plan_mesh(dataclasses.replace(config, mesh=MeshConfig(tensor=tensor)), 2)
+        return plan_step(config, draft, mesh, Machine(), tied=True, target_params=4e9)
+
+    whole, halves, shared = on(config, 1), on(over_two, 1), on(over_two, 2)
+    name = "target's activations, summed over its GPUs"
+    assert halves.memory["target"] == shared.memory["target"] == whole.memory["target"] / 2
+    assert halves.target_flop == whole.target_flop == 2 * shared.target_flop
+    assert name not in whole.traffic
+    # Two sums a layer of [3072, 2560] bfloat16 for two rows, of which a GPU sends as much as it has.
+    assert halves.traffic[name][0] == 2 * shared.traffic[name][0] == 2 * 32 * 2 * 3072 * 2560 * 2
+    machine = Machine(memory_gb=12)
+    plan = plan_step(over_two, draft, plan_mesh(over_two, 1), machine, tied=True, target_params=8e9)
+    assert "raise bridge.tensor_parallel (now 2)" in advice(plan, machine, plan_mesh(over_two, 1), 2)
+
+
 def test_advice_names_the_axis(tmp_path):
     config, draft = recipe(tmp_path)
     mesh = plan_mesh(config, 1)
@@ -112,6 +170,23 @@ def test_advice_names_the_axis(tmp_path):
     large = dataclasses.replace(config, rows_per_device=32)
     assert "lower rows_per_device" in advice(plan_step(large, draft, mesh, Machine(), tied=True), Machine(), mesh)
     assert advice(plan_step(config, draft, mesh, Machine(), tied=True), Machine(), mesh).startswith("fits: ")
+
+
+def test_the_published_curve_is_the_plans(tmp_path):
+    """Where the model or `Machine.share` changes, print the curve of RESULTS.md again, by the command there."""
+    config, draft = recipe(tmp_path)
+    data, mesh = dataclasses.replace(config.data, row_tokens=4096), dataclasses.replace(config.mesh, fsdp=8)
+    config = dataclasses.replace(config, data=data, mesh=mesh)
+    published = {int(row[0]): row for row in tables("Projection") if row[0].isdigit()}
+    assert min(published) == 1
+    assert max(published) == 1024
+    counts = [2**i for i in range(11)]
+    for count, seconds, rate, alone, _ in scaling(config, draft, Machine(), counts, tied=True, target_params=4e9):
+        if count in published:
+            _, ms, rows, efficiency, _ = published[count]
+            assert number(ms) == pytest.approx(1e3 * seconds, rel=0.01), count
+            assert number(rows) == pytest.approx(rate, rel=0.01), count
+            assert number(efficiency) == pytest.approx(100 * alone, abs=0.1), count
 
 
 def test_scaling_curve(tmp_path):
