@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.step_checks import check_kernels, relative
+from feature_bridge.cpu_stand_ins import torchvision_ops
 from jaxdraft.losses import LossConfig
 from jaxdraft.model.tensors import from_tensors
 from jaxdraft.ops import block_attention
@@ -159,6 +160,7 @@ def print_kernels(step, top: int) -> None:
 
 def open_specforge(job: Job):
     """SpecForge's step, after its loss and gradients have been compared with ours."""
+    torchvision_ops.ensure()  # before transformers
     from benchmarks.step_peers import SpecForge
 
     params, frozen, batch, anchors, _ = inputs = make_inputs(job.shape)
