@@ -14,27 +14,27 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import fcntl
 import json
 import os
 import random
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from feature_bridge import conversations, media
+from feature_bridge import conversations
 from feature_bridge.conversations import Conversation
-from feature_bridge.media import Media, SampleError
+from feature_bridge.media import SampleError
+from feature_bridge.media_parts import PartWriter
 from feature_bridge.sources import Source, open_source
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP status that may pass
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 PROGRESS_S = 10.0
-_MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
+_REWRITTEN = ("messages", "conversations", "images", "image", "videos", "video")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +112,10 @@ Ask = Callable[[list[dict[str, Any]]], Awaitable[dict[str, Any]]]  # messages ->
 async def answer_conversation(conversation: Conversation, row: int, journal: Journal, ask: Ask) -> None:
     """Ask for every assistant turn that the journal has not; ends early where one is refused or cut off."""
     history: list[dict[str, Any]] = []
-    images, turn = iter(conversation.images), 0
+    parts, turn = PartWriter(conversation), 0
     for message in conversation.messages:
         if message["role"] != "assistant":
-            history.append(message | {"content": _with_pictures(message["content"], images)})
+            history.append(message | {"content": parts.content(message["content"])})
             continue
         answer = journal.answers.get((row, turn))
         if answer is None:
@@ -139,31 +139,12 @@ def read_choice(row: int, turn: int, choice: dict[str, Any]) -> Answer:
     return Answer(row, turn, message["content"], message.get("reasoning_content") or "")
 
 
-def _with_pictures(content: Any, images: Iterator[Media]) -> Any:
-    """The content as an OpenAI server takes it: every picture a data URL."""
-    if isinstance(content, str):
-        return content
-    return [
-        {"type": "image_url", "image_url": {"url": data_url(next(images))}} if part["type"] == "image" else part
-        for part in content
-    ]
-
-
-def data_url(image: Media) -> str:
-    """Raises MediaError: the picture is gone."""
-    if isinstance(image, str) and image.startswith("data:"):
-        return image
-    encoded = media.read(image)
-    kind = next((kind for magic, kind in _MAGIC.items() if encoded.startswith(magic)), "png")
-    return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
-
-
 def rewritten(record: dict[str, Any], conversation: Conversation, answers: Sequence[Answer], folder: Path) -> Any:
-    """The record with the target's answers, in the `messages` form; pictures' paths relative to `folder` if inside it.
+    """The record with the target's answers, in the `messages` form; paths relative to `folder` if inside it.
 
     The turns end with the last answer. Other fields of the record stay.
     """
-    images, given = iter(conversation.images), iter(answers)
+    parts, given = PartWriter(conversation, folder), iter(answers)
     messages: list[dict[str, Any]] = []
     last = 0
     for message in conversation.messages:
@@ -173,25 +154,10 @@ def rewritten(record: dict[str, Any], conversation: Conversation, answers: Seque
             reasoning = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
             messages.append({"role": "assistant", "content": answer.content} | reasoning)
             last = len(messages)
-        elif isinstance(message["content"], str):
-            messages.append(message)
         else:
-            parts = [
-                {"type": "image_url", "image_url": {"url": _reference(next(images), folder)}}
-                if part["type"] == "image"
-                else part
-                for part in message["content"]
-            ]
-            messages.append(message | {"content": parts})
-    kept = {k: v for k, v in record.items() if k not in ("messages", "conversations", "images", "image")}
+            messages.append(message | {"content": parts.content(message["content"])})
+    kept = {k: v for k, v in record.items() if k not in _REWRITTEN}
     return kept | {"messages": messages[:last]}
-
-
-def _reference(image: Media, folder: Path) -> str:
-    if isinstance(image, bytes) or image.startswith("data:"):
-        return data_url(image)
-    path = Path(image)
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------

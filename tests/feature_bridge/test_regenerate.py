@@ -17,6 +17,7 @@ from PIL import Image
 
 from feature_bridge import regenerate
 from feature_bridge.conversations import parse
+from feature_bridge.media_parts import PartWriter
 from feature_bridge.sources import JsonlSource
 
 
@@ -152,6 +153,27 @@ def test_pictures_travel_as_data_urls(server, tmp_path):
     for record, folder in ((here, tmp_path), (there, tmp_path / "elsewhere")):
         images = parse(record, "x", folder).images
         assert images == tuple(str(tmp_path / "pictures" / name) for name in ("a.png", "b.jpg"))
+
+
+def test_videos_travel_as_data_urls_and_listed_frames_do_not(server, tmp_path, capsys):
+    (tmp_path / "v.mp4").write_bytes(b"a video")
+    Image.new("RGB", (4, 3)).save(tmp_path / "f.png")
+    file = {"type": "video_url", "video_url": {"url": "v.mp4"}, "fps": 4.0}
+    listed = {"type": "video", "video": ["f.png", "f.png"], "fps": 2.0}
+    beside = {"messages": [user("What?"), old()], "videos": ["v.mp4"]}
+    data = write(tmp_path / "data.jsonl", [{"messages": [user([part]), old()]} for part in (file, listed)] + [beside])
+    assert run(server, data, tmp_path / "out.jsonl") == 0
+    url = "data:video/mp4;base64," + base64.b64encode(b"a video").decode()
+    sent = {"type": "video_url", "video_url": {"url": url}}
+    asked = sorted((body["messages"][0]["content"] for body in server.requests), key=len)
+    assert asked == [[sent], [sent, {"type": "text", "text": "What?"}]]
+    first, second = read(tmp_path / "out.jsonl")
+    assert first["messages"][0] == user([file])
+    assert parse(second, "x", tmp_path).videos[0].source == str(tmp_path / "v.mp4")
+    (skipped,) = read(tmp_path / "out.jsonl.skipped")
+    assert "list of frames cannot be sent to a server" in skipped["reason"]
+    again = PartWriter(parse({"messages": [user([listed]), old()]}, "x", tmp_path), tmp_path)
+    assert again.content([{"type": "video"}]) == [listed]
 
 
 def test_what_passes_is_tried_again(server, tmp_path):
