@@ -18,7 +18,7 @@ def why_no_kernels() -> str | None:
     if capability != "9.0":
         return f"this GPU has compute capability {capability} instead of 9.0"
     mesh = jax.sharding.get_abstract_mesh()
-    alone = jax.device_count() == 1 if mesh.empty or mesh.size == 1 else mesh.are_all_axes_manual
+    alone = jax.device_count() == 1 if mesh.empty else mesh.size == 1 or mesh.are_all_axes_manual
     return None if alone else "this code runs on several devices outside of shard_map"
 
 

@@ -40,7 +40,7 @@ STEP = StepConfig(num_anchors=ANCHORS, total_steps=STEPS, compute_dtype="float32
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 Sizes = tuple[int, int, int]
-# Of two processes with four devices each: the axis that lies across them is data, fsdp and (every second device) tensor.
+# Of two processes with four devices each: the axis that lies across them. For tensor, their devices take turns.
 ACROSS: dict[str, Sizes] = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (2, 2, 2)}
 
 
@@ -71,8 +71,15 @@ class Steps(NamedTuple):
 
 
 @functools.cache
-def prepare(sizes: Sizes | None, across: str = "data") -> Steps:
+def prepare(
+    sizes: Sizes | None,
+    across: str = "data",
+    *,
+    compute_dtype: str = "float32",
+    compiler_options: tuple[tuple[str, Any], ...] = (),
+) -> Steps:
     """On a mesh of these sizes; None: on one device, without a mesh."""
+    options = dataclasses.replace(STEP, compute_dtype=compute_dtype)
     frozen, batch = random_frozen(CONFIG, 0), packed_batch(CONFIG, ROW_TOKENS, LENGTHS, 0, 0.8)
     key, mesh = jax.random.key(0), None if sizes is None else mesh_of(sizes, across)
     if mesh is not None:
@@ -85,8 +92,8 @@ def prepare(sizes: Sizes | None, across: str = "data") -> Steps:
             return state
         return jax.tree.map(distributed.from_host, state, state_shardings(CONFIG, OPTIM, STEP, mesh))
 
-    step = make_train_step(CONFIG, LossConfig(), OPTIM, STEP, frozen, mesh=mesh)
-    compiled = step.func.lower(frozen, new_state(), batch, key).compile(FAST_COMPILE)
+    step = make_train_step(CONFIG, LossConfig(), OPTIM, options, frozen, mesh=mesh)
+    compiled = step.func.lower(frozen, new_state(), batch, key).compile(FAST_COMPILE | dict(compiler_options))
     return Steps(compiled, frozen, new_state, batch, key)
 
 

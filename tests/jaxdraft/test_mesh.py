@@ -6,7 +6,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import processes
 import pytest
@@ -22,7 +24,8 @@ from mesh_steps import (
     save,
 )
 
-from jaxdraft.sharding import MESH_AXES
+from jaxdraft.ops.hopper import why_no_kernels
+from jaxdraft.sharding import MESH_AXES, make_mesh, on_mesh, per_device
 
 MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (4, 1, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2)]
 
@@ -144,3 +147,48 @@ def test_only_the_expected_collectives(sizes):
         assert {shape for kind, shape in found if kind == "all-gather"} >= {
             shape for shape in weights if 1 < len(shape) < 4
         }
+
+
+def test_weights_are_gathered_in_the_compute_dtype(tmp_path):
+    """Read behind XLA's partitioner: later, a CPU turns bfloat16 into float32, which a GPU does not."""
+    dump = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd-partitioning"}
+    prepare((1, 2, 1), compute_dtype="bfloat16", compiler_options=tuple(dump.items()))
+    (file,) = tmp_path.glob("*train_step*after_spmd-partitioning*.txt")
+    gathered = re.findall(r" = (\w+)\[([\d,]+)\]\S* all-gather\(", file.read_text())
+    weights = {",".join(map(str, shape)) for shape in parameter_shapes((1, 2, 1), split=("tensor",)) if len(shape) > 1}
+    assert {shape for _, shape in gathered} >= weights
+    assert {dtype for dtype, shape in gathered if shape in weights} == {"bf16"}
+
+
+def test_kernels_run_where_a_device_has_its_own_part(monkeypatch):
+    """On several GPUs within `per_device` alone; on a mesh of one of them everywhere."""
+    hopper = SimpleNamespace(compute_capability="9.0")
+    for name, value in {
+        "default_backend": lambda: "gpu",
+        "__version_info__": (0, 11, 0),
+        "local_devices": lambda: [hopper],
+        "device_count": lambda: 2,
+    }.items():
+        monkeypatch.setattr(jax, name, value)
+
+    def ask(mesh, auto=None):
+        seen = []
+
+        def note(x):
+            seen.append(why_no_kernels())
+            return x
+
+        def both(x):
+            return per_device(note, [("rows",)], ("rows",), auto=auto)(note(x))
+
+        jax.eval_shape(on_mesh(mesh)(both), jax.ShapeDtypeStruct((8, 4), "float32"))
+        return [reason is None for reason in seen]
+
+    devices = jax.devices()
+    assert ask(make_mesh(devices=devices[:1])) == [True, True]
+    assert ask(make_mesh(data=2, devices=devices[:2])) == [False, True]
+    assert ask(make_mesh(data=2, devices=devices[:2]), auto="tensor") == [False, True]
+    assert ask(make_mesh(data=2, tensor=2, devices=devices[:4])) == [False, True]
+    # A loop that XLA itself splits over tensor is no place for a kernel.
+    assert ask(make_mesh(data=2, tensor=2, devices=devices[:4]), auto="tensor") == [False, False]
+    assert ask(None) == [False, False]
