@@ -67,7 +67,8 @@ def load_target(spec: BridgeSpec, *, memory_budget: int | None = None) -> Target
 
         target = HuggingFaceTarget(spec.target, directory, max_tokens=max_tokens)
         declared = target.info.capture
-    if spec.target.verify:
+    untried = backend == "sglang" and not sglang_versions.is_known(version)
+    if spec.target.verify or untried:
         target.info = replace(target.info, capture=check_layer_contract(target, declared))
     return target
 

@@ -56,11 +56,19 @@ def installed_version() -> str | None:
     return importlib.metadata.version("sglang")
 
 
+def is_known(version: str) -> bool:
+    """Whether this was run with that release."""
+    return _base(version) in RELEASES
+
+
+def _base(version: str) -> str:
+    return version.split("+")[0].split(".post")[0]
+
+
 def release_of(version: str) -> Release:
     """The table's entry. An unknown version is warned about, and what it captures is left to the probe."""
-    base = version.split("+")[0].split(".post")[0]
-    if base in RELEASES:
-        return RELEASES[base]
+    if is_known(version):
+        return RELEASES[_base(version)]
     warnings.warn(
         f"SGLang {version} is not one of the versions this was run with ({', '.join(RELEASES)}); the probe batch at "
         f"start decides whether its features can be used",

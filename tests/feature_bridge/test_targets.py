@@ -315,6 +315,29 @@ def test_auto_takes_transformers_where_sglang_is_absent(model_paths, monkeypatch
         load_target(spec_of(model_paths["qwen3"], backend="sglang"))
 
 
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("meaning", ["layer_output", "next_layer_input"])
+def test_an_unknown_sglang_is_probed_for_what_it_captures(verify, meaning, model_paths, monkeypatch):
+    path = model_paths["qwen3_vl"]
+
+    def unknown_release(spec, directory, **_):
+        target = HuggingFaceTarget(spec, directory, max_tokens=512, capture=meaning)
+        target.capture_is_known, target.info = False, dataclasses.replace(target.info, capture="layer_output")
+        return target
+
+    monkeypatch.setattr(sglang_versions, "installed_version", lambda: "9.9.9")
+    monkeypatch.setattr("feature_bridge.targets.sglang.SGLangTarget", unknown_release)
+    target = load_target(spec_of(path, (0, 1), backend="sglang", verify=verify))
+    assert target.info.capture == meaning
+    probed = []
+    monkeypatch.setattr(targets, "check_layer_contract", lambda target, _: probed.append(target) or "layer_output")
+    load_target(spec_of(model_paths["qwen3"], (0, 1), backend="sglang", verify=verify))
+    assert len(probed) == 1
+    monkeypatch.setattr(sglang_versions, "installed_version", lambda: "0.5.20")
+    load_target(spec_of(model_paths["qwen3"], (0, 1), backend="sglang", verify=verify))
+    assert len(probed) == 1 + verify
+
+
 @pytest.mark.parametrize(
     ("layer_ids", "message"),
     [((0, 3), "last layer"), ((1, 0), "ascending"), ((1, 1), "ascending"), ((), "ascending"), ((-1, 0), r"\[0, 2\]")],
