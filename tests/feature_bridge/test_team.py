@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import signal
 import time
@@ -13,6 +14,8 @@ import pytest
 import runs
 import torch
 from fake_worker import CRASH, field_bytes, make_spec
+from safetensors.torch import save_file
+from test_torch_draft import BASE, make_peer
 
 from feature_bridge.client import BridgeError, connect
 from feature_bridge.contracts import BridgeSpec, DataSpec, Rank, Row, TargetSpec
@@ -123,8 +126,25 @@ def spec(tmp_path_factory) -> BridgeSpec:
     )
 
 
-def test_sglang_on_two_ranks_gives_one_ranks_features(spec, tmp_path):
-    """Text and pictures; the embedding and the head as well, which each rank has a part of."""
+def write_draft(directory: Path) -> str:
+    """A random draft of the tiny target."""
+    config = json.loads((runs.TINY / "target" / "config.json").read_text())["text_config"]
+    changes = {
+        "hidden_size": config["hidden_size"],
+        "vocab_size": config["vocab_size"],
+        "num_target_layers": config["num_hidden_layers"],
+        "dflash_config": {"mask_token_id": 1279, "target_layer_ids": [0, 2, 5]},
+    }
+    directory.mkdir()
+    weights = {name: weight.contiguous() for name, weight in make_peer(**changes).state_dict().items()}
+    save_file(weights, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(BASE | changes))
+    return str(directory)
+
+
+def test_sglang_on_two_ranks_is_one_target(spec, tmp_path):
+    """The features of text and pictures; in decoding, the embedding and the head, which each rank has a part of."""
+    draft = write_draft(tmp_path / "draft")
     asked = (Row(row_id=0, samples=(0, 1, 2)), Row(row_id=1, samples=(3, 4)))
     with connect(spec, log_path=tmp_path / "log", env=ENV) as single:
         expected = []
@@ -133,6 +153,8 @@ def test_sglang_on_two_ranks_gives_one_ranks_features(spec, tmp_path):
             filled = single.next_filled()
             expected.append({name: torch.from_dlpack(x).clone() for name, x in single.slot(filled).items()})
             single.release(filled.slot, filled.generation)
+        decoded = single.decode(draft, (0, 1), max_new_tokens=9)
+        assert all(len(sample.tokens) > 1 for sample in decoded.samples)
 
     with start(ranks_of(spec), tmp_path) as team:
         team.fill("train", asked)
@@ -144,6 +166,8 @@ def test_sglang_on_two_ranks_gives_one_ranks_features(spec, tmp_path):
             scale = want["features"].abs().max()
             assert (got["features"] - want["features"]).abs().max() < 1e-5 * scale
             assert want["features"].abs().sum(-1).count_nonzero() == filled.parts[rank].rows[0].num_tokens
+        team.release(filled.slot, filled.generation)
+        assert team.decode(draft, (0, 1), max_new_tokens=9).samples == decoded.samples
         with pytest.raises(ValueError, match="shares no GPU memory"):
             team.weights()
         os.kill(team.pids[1], signal.SIGKILL)
