@@ -37,6 +37,15 @@ def loaded():
     return model, AutoProcessor.from_pretrained(str(TINY / "target"))
 
 
+def test_config_says_what_sglang_reads():
+    """transformers fills these in by itself; SGLang fails, or rotates other dimensions, where they are not there."""
+    config = json.loads((TINY / "target" / "config.json").read_text())
+    text = config["text_config"]
+    assert config["vision_config"]["deepstack_visual_indexes"] == []
+    assert text["full_attention_interval"] == 4
+    assert text["partial_rotary_factor"] == text["rope_parameters"]["partial_rotary_factor"] == 0.25
+
+
 def test_sizes():
     def size(folder: Path) -> int:
         return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
