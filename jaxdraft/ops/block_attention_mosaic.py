@@ -29,6 +29,7 @@ from jaxdraft.ops.mosaic_common import (
     Tuning,
     add_product,
     call,
+    copy_to,
     load_pipeline,
     load_vectors,
     mask,
@@ -147,20 +148,11 @@ def _forward(q, k, v, intervals, options):
 
         @pl.when(wg == 2)
         def _load():
-            plgpu.set_max_registers(24, action="decrease")
-            kv_head = lax.div(head, jnp.int32(group))
+            def source(ref):
+                return lambda i: ref.at[row, pl.ds(key_tile(i) * keys, keys), lax.div(head, jnp.int32(group))]
 
-            def copy(ref, smem):
-                def at(i, slot, barrier):
-                    plgpu.copy_gmem_to_smem(
-                        ref.at[row, pl.ds(key_tile(i) * keys, keys), kv_head], smem.at[slot], barrier
-                    )
-
-                return at
-
-            load_pipeline(
-                steps, stages, [(copy(k_ref, k_smem), k_free), (copy(v_ref, v_smem), v_free)], [k_full, v_full]
-            )
+            copies = [copy_to(k_smem, source(k_ref), k_free), copy_to(v_smem, source(v_ref), v_free)]
+            load_pipeline(steps, stages, copies, [k_full, v_full])
 
     barrier = functools.partial(plgpu.Barrier, num_barriers=stages)
     return call(

@@ -19,6 +19,7 @@ from jaxdraft.ops.mosaic_common import (
     LOG2E,
     ROW,
     call,
+    copy_to,
     inside,
     load_pipeline,
     load_vectors,
@@ -86,20 +87,11 @@ def backward_q(q, k, v, d_out, lse, delta, intervals, options):
 
         @pl.when(wg == 2)
         def _load():
-            plgpu.set_max_registers(24, action="decrease")
-            kv_head = lax.div(head, jnp.int32(group))
+            def source(ref):
+                return lambda i: ref.at[row, pl.ds(key_tile(i) * keys, keys), lax.div(head, jnp.int32(group))]
 
-            def copy(ref, smem):
-                def at(i, slot, barrier):
-                    plgpu.copy_gmem_to_smem(
-                        ref.at[row, pl.ds(key_tile(i) * keys, keys), kv_head], smem.at[slot], barrier
-                    )
-
-                return at
-
-            load_pipeline(
-                steps, stages, [(copy(k_ref, k_smem), k_free), (copy(v_ref, v_smem), v_free)], [kv_full, kv_full]
-            )
+            copies = [copy_to(k_smem, source(k_ref), k_free), copy_to(v_smem, source(v_ref), v_free)]
+            load_pipeline(steps, stages, copies, [kv_full, kv_full])
 
     barrier = functools.partial(plgpu.Barrier, num_arrivals=2)
     return call(
@@ -198,35 +190,33 @@ def backward_kv(q, k, v, d_out, lse, delta, intervals, options):
 
         @pl.when(wg == 2)
         def _load():
-            plgpu.set_max_registers(24, action="decrease")
             kind = jnp.where(tile < context_tiles, 0, 2)  # the interval that can reach this tile
 
             def head_and_queries(i):
                 head = kv_head * group + lax.rem(i, jnp.int32(group))
                 return head, pl.ds(query_tile(i) * HALF, HALF)
 
-            def wide(ref, smem):
-                def at(i, slot, barrier):
+            def wide(ref):
+                def source(i):
                     head, queries = head_and_queries(i)
-                    plgpu.copy_gmem_to_smem(ref.at[row, queries, head], smem.at[slot], barrier)
+                    return ref.at[row, queries, head]
 
-                return at
+                return source
 
-            def narrow(ref, smem, which=None):
-                def at(i, slot, barrier):
+            def narrow(ref, index=None):
+                def source(i):
                     head, queries = head_and_queries(i)
-                    index = head if which is None else kind + which
-                    plgpu.copy_gmem_to_smem(ref.at[row, index, queries], smem.at[slot], barrier)
+                    return ref.at[row, head if index is None else index, queries]
 
-                return at
+                return source
 
             copies = [
-                (wide(q_ref, q_smem), q_free),
-                (wide(d_out_ref, d_out_smem), d_out_free),
-                (narrow(lse_ref, lse_smem), None),
-                (narrow(delta_ref, delta_smem), None),
-                (narrow(intervals_ref, lo_smem, 0), None),
-                (narrow(intervals_ref, hi_smem, 1), None),
+                copy_to(q_smem, wide(q_ref), q_free),
+                copy_to(d_out_smem, wide(d_out_ref), d_out_free),
+                copy_to(lse_smem, narrow(lse_ref)),
+                copy_to(delta_smem, narrow(delta_ref)),
+                copy_to(lo_smem, narrow(intervals_ref, kind)),
+                copy_to(hi_smem, narrow(intervals_ref, kind + 1)),
             ]
             load_pipeline(steps, stages, copies, [full] * 6)
 

@@ -67,11 +67,22 @@ def inside(shape, key_base, lo, hi, *, keys_axis: int):
     return (key >= lo) & (key < hi)
 
 
+def copy_to(smem, source, free=None):
+    """One of a step's copies, for `load_pipeline`: source(step) into smem's slot, once its `free` barrier is passed."""
+
+    def copy(i, slot, barrier):
+        plgpu.copy_gmem_to_smem(source(i), smem.at[slot], barrier)
+
+    return copy, free
+
+
 def load_pipeline(steps, stages: int, copies, barriers):
     """The loading warpgroup: copies of step i into slot i % stages as soon as both computing warpgroups have freed it.
 
-    copies: pairs (copy(step, slot, barrier), free barriers or None); `barriers`: the arrival barriers, one a copy.
+    copies: what `copy_to` returned; `barriers`: the arrival barriers, one a copy. Copies without a `free` barrier are
+    freed together with the others of their slot.
     """
+    plgpu.set_max_registers(24, action="decrease")
 
     @pl.loop(0, steps)
     def _step(i):
