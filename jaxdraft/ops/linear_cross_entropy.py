@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxdraft.ops.hopper import on_one_hopper
 
 NARROW_PEAK = 8  # log2 of the largest softmax weight in 8 bits: float8_e5m2 holds 2^-16 to 2^15
-LOGIT_BYTES = 2**30  # logits of one chunk; the softmax weights take as much
+LOGIT_BYTES = 2**29  # logits of one chunk; the softmax weights take as much
 
 
 class _Options(NamedTuple):
