@@ -39,7 +39,9 @@ def die_while_saving(fatal_step: int) -> None:
 
 if __name__ == "__main__":
     os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent)  # of the bridges
-    jaxdraft.bridges.connect = functools.partial(jaxdraft.bridges.connect, worker="fake_worker:TrainingWorker")
+    for name in ("connect", "connect_team"):
+        start = functools.partial(getattr(jaxdraft.bridges, name), worker="fake_worker:TrainingWorker")
+        setattr(jaxdraft.bridges, name, start)
     process, _, step = os.environ.get("DIE_WHILE_SAVING", "").partition(":")
     if step and process == os.environ.get("JAX_PROCESS_ID"):
         die_while_saving(int(step))

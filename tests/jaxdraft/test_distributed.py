@@ -92,15 +92,17 @@ def test_another_mesh_and_number_of_processes_go_on(config, stopped, single):
 
 
 def test_two_processes_equal_one(config, single, tmp_path):
-    """Although a bridge of the second one is killed meanwhile: started again, it fills the same rows."""
+    """With targets over two devices each, and although a rank of the second process is killed meanwhile: started
+    again, its target fills the same rows."""
     run_dir = tmp_path / "small"
-    processes = start(config, tmp_path, 4, *mesh(-1, 4, 1, 1), "--bridge.restarts", "1", processes=2)
+    args = [*mesh(-1, 4, 1, 1), "--bridge.restarts", "1", "--bridge.tensor-parallel", "2"]
+    processes = start(config, tmp_path, 4, *args, processes=2)
     runs.wait_until(lambda: 1 in runs.metrics(run_dir) or processes[0].poll() is not None)
     bridge = runs.bridge_of(processes[1].pid)
     os.kill(bridge, signal.SIGKILL)
     ended = finish(processes)
     assert [code for code, _ in ended] == [0, 0], "\n".join(output[-2000:] for _, output in ended)
-    assert f"(process {bridge}) was killed by SIGKILL" in ended[1][1]
+    assert f"of 2 of the feature bridge (process {bridge}) was killed by SIGKILL" in ended[1][1]
     assert "starting it again" not in ended[0][1]
     assert_same_losses(run_dir, single)
     ours, theirs = load_params(run_dir)[0], load_params(single)[0]
@@ -125,9 +127,12 @@ def test_a_host_that_dies_while_saving_leaves_the_checkpoint_before(config, sing
     theirs, _ = load_params(single, 3)
     for name in theirs:
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4, err_msg=name)
-    with Checkpoints(tmp_path / "small", keep=3) as opened:  # as a resume does
+    with Checkpoints(tmp_path / "small", keep=3) as opened:  # as a resume does, which comes to step 4 again
         assert opened.latest == 3
-        assert not list(checkpoints.glob("4.*")), "what was left of the save is gone"
+        opened.save(4, {"params": ours}, {})
+        opened.wait()
+        assert opened.latest == 4
+    assert not list(checkpoints.glob("4.*"))
 
 
 def test_a_host_that_does_not_come_is_named(config, tmp_path):
