@@ -53,9 +53,9 @@ def check_layer_contract(target: Target, declared: Capture | None) -> Capture:
         )
     captured = dict(zip(target.layer_ids, features.split(width, dim=-1), strict=True))
     _check_values(captured, target)
-    states = {
-        "layer_output": {l: join(parts) for l, parts in outputs.states.items()},
-        "next_layer_input": {l: join(parts) for l, parts in inputs.states.items()},
+    states = {  # a target may fill the batch up at its end
+        "layer_output": {l: join(parts)[:num_tokens] for l, parts in outputs.states.items()},
+        "next_layer_input": {l: join(parts)[:num_tokens] for l, parts in inputs.states.items()},
     }
     meanings: tuple[Capture, ...] = ("layer_output", "next_layer_input") if declared is None else (declared,)
     for meaning in meanings:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from feature_bridge.targets import sglang_visuals as visuals
 from feature_bridge.targets.base import Extended, Request, has_deepstack, join, text_config
 
 MAX_REQUESTS = 32  # of one extend; a row of more samples takes several. State memory of linear attention grows with it
+# Triton compiles SGLang's norm of queries and keys anew for every number of tokens: 0.1 s with an idle GPU. So an extend
+# is filled up to one of few lengths, by a request of its own at the end whose states nobody sees.
+TOKENS_MULTIPLE = {"cpu": 1, "cuda": 512}
 _ALONE = Rank()
 EMBEDDING_CACHE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
@@ -67,6 +71,7 @@ class SGLangTarget:
                 cpu_stand_ins.use_in_sglang()
             self._runner = versions.start_runner(args, rank.index)
         versions.start_embedding_cache(EMBEDDING_CACHE_BYTES[device])
+        self.tokens_multiple = TOKENS_MULTIPLE[device]
         self._tree_cache = versions.AllocationWithoutReuse(self._runner)
         self._model = self._runner.model.eval()
         self.config = self._runner.model_config.hf_config
@@ -138,7 +143,10 @@ class SGLangTarget:
         return SGLangDraft(directory, self._runner.server_args, self.embed([0]).device)
 
     def _extend(self, requests: Sequence[Request], last_hidden: bool) -> Extended:
-        reqs = [self._req(i, request) for i, request in enumerate(requests)]
+        num_tokens = sum(len(request.tokens) for request in requests)
+        filler = min(-num_tokens % self.tokens_multiple, self.max_tokens - num_tokens)
+        extra = [Request(tokens=np.zeros(filler, np.int32))] if filler > 0 else []
+        reqs = [self._req(i, request) for i, request in enumerate([*requests, *extra])]
         try:
             self._runner.forward(versions.forward_batch(reqs, self._runner, self._tree_cache))
             captured = self._seen.pop("aux_hidden_states")
@@ -147,8 +155,11 @@ class SGLangTarget:
             self._seen.clear()
             self._runner.req_to_token_pool.clear()
             self._runner.token_to_kv_pool_allocator.clear()
-        captured = captured if isinstance(captured, Tensor) else tuple(captured)
-        return Extended(captured, hidden.clone() if last_hidden else None)
+        if isinstance(captured, Tensor):
+            captured = captured[:num_tokens]
+        else:
+            captured = tuple(layer[:num_tokens] for layer in captured)
+        return Extended(captured, hidden[:num_tokens].clone() if last_hidden else None)
 
     def _keep_states(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The logits processor is given the states of all tokens: captured ones, and the last after its norm."""
@@ -178,7 +189,7 @@ def _groups(requests: Sequence[Request], max_tokens: int) -> list[list[Request]]
     tokens = 0
     for request in requests:
         tokens += len(request.tokens)
-        if not groups or tokens > max_tokens or len(groups[-1]) == MAX_REQUESTS:
+        if not groups or tokens > max_tokens or len(groups[-1]) == MAX_REQUESTS - 1:
             groups.append([])
             tokens = len(request.tokens)
         groups[-1].append(request)

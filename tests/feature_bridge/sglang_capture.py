@@ -90,6 +90,13 @@ def main(path: str, layer_ids: str, dtype: str, out: str) -> None:
             for _ in range(2):  # SGLang writes into what it is given
                 tensors["prepared ahead/features"] = target.extend(ahead).features
 
+    target.tokens_multiple = 64  # as on a GPU
+    for name, requests in named.items():
+        output = target.extend(requests, last_hidden=True)
+        tensors[f"{name} filled up/features"], tensors[f"{name} filled up/hidden"] = output.features, output.hidden
+    check_layer_contract(target, target.info.capture)
+    target.tokens_multiple = 1
+
     messages["shifted"] = message(lambda: check_layer_contract(Tampered(target, swapped), target.info.capture))
     if getattr(config, "vision_config", None) is not None:
         bad = target_requests.pictures(config, [(1, 4, 6)], 9)

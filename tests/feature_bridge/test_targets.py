@@ -185,6 +185,17 @@ def test_requests_prepared_ahead_give_the_same_features_each_time(run, captures)
 
 
 @pytest.mark.parametrize("run", RUNS)
+def test_an_extend_that_is_filled_up_gives_the_same(run, captures, model_paths):
+    captured = captures[run].result()
+    names = [name for name in captured.tensors if " filled up/" in name]
+    assert len(names) >= 2
+    for name in names:
+        plain = captured.tensors[name.replace(" filled up", "")]
+        assert captured.tensors[name].shape == plain.shape
+        assert relative(captured.tensors[name], plain) < 1e-5, name
+
+
+@pytest.mark.parametrize("run", RUNS)
 def test_a_sample_does_not_depend_on_its_row(run, captures, model_paths):
     captured = captures[run].result()
     name = "mixed" if run in VLM_RUNS else "texts"
