@@ -25,8 +25,8 @@ from feature_bridge.targets import sglang_visuals as visuals
 from feature_bridge.targets.base import Extended, Request, has_deepstack, join, text_config
 
 MAX_REQUESTS = 32  # of one extend; a row of more samples takes several. State memory of linear attention grows with it
-# Triton compiles SGLang's norm of queries and keys anew for every number of tokens: 0.1 s with an idle GPU. So an extend
-# is filled up to one of few lengths, by a request of its own at the end whose states nobody sees.
+# Triton compiles SGLang's norm of queries and keys anew for every number of tokens: 0.1 s with an idle GPU. So extends
+# are filled up to one of few lengths, by a request of its own at the end whose states nobody sees.
 TOKENS_MULTIPLE = {"cpu": 1, "cuda": 512}
 _ALONE = Rank()
 EMBEDDING_CACHE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
