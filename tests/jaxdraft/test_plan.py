@@ -165,7 +165,7 @@ def test_a_target_over_several_gpus(tmp_path):
 def test_advice_names_the_axis(tmp_path):
     config, draft = recipe(tmp_path)
     mesh = plan_mesh(config, 1)
-    small = Machine(memory_gb=16)
+    small = Machine(memory_gb=12)
     assert "raise mesh.fsdp (now 1)" in advice(plan_step(config, draft, mesh, small, tied=True), small, mesh)
     large = dataclasses.replace(config, rows_per_device=32)
     assert "lower rows_per_device" in advice(plan_step(large, draft, mesh, Machine(), tied=True), Machine(), mesh)
