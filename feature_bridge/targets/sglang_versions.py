@@ -307,6 +307,9 @@ class AllocationWithoutReuse:
     def supports_mamba(self) -> bool:
         return False
 
+    def supports_prefix_sharing(self) -> bool:  # 0.5.23
+        return False
+
     def is_chunk_cache(self) -> bool:
         return False
 
@@ -315,6 +318,9 @@ class AllocationWithoutReuse:
 
     def evict(self, params: Any) -> None:
         """There is nothing to evict."""
+
+    def maybe_hand_to_session(self, req: Any) -> None:  # 0.5.23
+        """There are no sessions."""
 
 
 def forward_batch(reqs: Sequence[Any], runner: Any, tree_cache: Any) -> Any:

@@ -159,3 +159,16 @@ def test_extend(waiting, asks, install):
     assert torch.equal(versions.forward_batch([], runner, None), ids)
     assert batch.prefill_input_ids_cpu is None
     assert asked == ({"before": False} if asks else {})
+
+
+def test_an_allocation_that_shares_and_keeps_nothing():
+    """What the releases ask of it: 0.5.23 also about sessions and shared prefixes."""
+    allocator = object()
+    args = SimpleNamespace(page_size=None)
+    runner = SimpleNamespace(server_args=args, device="cpu", token_to_kv_pool_allocator=allocator)
+    cache = versions.AllocationWithoutReuse(runner)
+    assert (cache.page_size, cache.token_to_kv_pool_allocator) == (1, allocator)
+    for supports in (cache.supports_swa, cache.supports_mamba, cache.supports_prefix_sharing, cache.is_chunk_cache):
+        assert supports() is False
+    assert cache.maybe_hand_to_session(None) is None
+    assert cache.evict(None) is None
