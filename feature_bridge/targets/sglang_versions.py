@@ -1,7 +1,7 @@
 """Everything that differs between SGLang's releases: one table, and functions that look at signatures.
 
-Written against, and run with, the releases of `RELEASES`. Another release is warned about and tried: the start-up
-probe then decides. Nothing here imports sglang before it is asked to: `set_environment` and the CPU stand-ins come
+Written against the releases of `RELEASES`; docs/families.md says which have run where. Another one is warned about and
+tried: the start-up probe then decides. Nothing here imports sglang before it is asked to: `set_environment` and the CPU stand-ins come
 first.
 """
 
