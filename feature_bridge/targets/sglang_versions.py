@@ -1,8 +1,8 @@
 """Everything that differs between SGLang's releases: one table, and functions that look at signatures.
 
 Written against the releases of `RELEASES`; docs/families.md says which have run where. Another one is warned about and
-tried: the start-up probe then decides. Nothing here imports sglang before it is asked to: `set_environment` and the CPU stand-ins come
-first.
+tried: the start-up probe then decides. Nothing here imports sglang before it is asked to: `set_environment` and the CPU
+stand-ins come first.
 """
 
 from __future__ import annotations
