@@ -100,6 +100,15 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, ShardingRules().spec(axes))
 
 
+def constrain_dims(x: jax.Array, dims: Mapping[int, str | None]) -> jax.Array:
+    """`x` with these dimensions laid out as their logical axes say; XLA decides about the others."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    rules, free = ShardingRules(), PartitionSpec.UNCONSTRAINED
+    entries = (free if dim not in dims else dims[dim] and getattr(rules, dims[dim]) for dim in range(x.ndim))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
 def per_device(
     function: Callable, in_axes: Sequence[Axes], out_axes: Axes | Sequence[Axes], *, auto: str | None = None
 ):

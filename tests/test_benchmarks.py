@@ -103,4 +103,5 @@ def test_several_gpus(tmp_path):
     rows = dict(re.findall(r"^\| ([^|]*) \| (.*) \|$", result.stdout, re.M))
     assert float(rows["fsdp=2: losses 1 and 20"].split()[-1]) < 1e-3
     assert "all-gather" in rows["fsdp=2: sends"]
+    assert "all-to-all" not in rows["fsdp=2: sends"], "activations are sent where weights should be"
     assert rows["a target on each of 2 GPUs"].startswith("8 rows: the same bits")

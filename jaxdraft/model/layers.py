@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxdraft.ops.block_attention import block_attention
-from jaxdraft.sharding import per_device
+from jaxdraft.sharding import constrain_dims, per_device
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], stddev: float, dtype) -> nnx.Param:
@@ -36,11 +36,17 @@ def project(subscripts: str, x: Float[Array, "*x"], weight: Float[Array, "*w"]) 
 
     A float32 master so gets a float32 gradient, not one that was rounded to bfloat16 and then widened.
     """
-    return jnp.einsum(subscripts, x, weight.astype(x.dtype))
+    return jnp.einsum(subscripts, x, _gathered(subscripts, weight.astype(x.dtype)))
+
+
+def _gathered(subscripts: str, weight):
+    """The weight whole in h, the width that fsdp splits. XLA might send activations instead where they are few."""
+    letters = subscripts.split("->")[0].split(",")[1]
+    return constrain_dims(weight, {letters.index("h"): None})
 
 
 def _project_forward(subscripts, x, weight):
-    narrow = weight.astype(x.dtype)
+    narrow = _gathered(subscripts, weight.astype(x.dtype))
     return jnp.einsum(subscripts, x, narrow), (x, narrow, jnp.zeros((), weight.dtype))
 
 
