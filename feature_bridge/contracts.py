@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Dtype = Literal["float32", "bfloat16"]
 Split = Literal["train", "eval"]
@@ -121,8 +121,9 @@ class Field:
 class SlotLayout:
     """Byte layout of one slot, the whole micro-batch of one device: every field starts at a multiple of 256 bytes.
 
-    tokens [R, S] int32, segment_start [R, S] int32, loss_mask [R, S] uint8, features [R, S, W] feature_dtype;
-    `feature_tokens` of S where several devices share a row, and each holds the features of its part.
+    row_ids [R] int32, num_tokens [R] int32 (those in use), tokens [R, S] int32, segment_start [R, S] int32,
+    loss_mask [R, S] uint8, features [R, S, W] feature_dtype; `feature_tokens` of S where several devices share a row,
+    and each holds the features of its part.
     """
 
     rows: int
@@ -137,6 +138,8 @@ class SlotLayout:
     def fields(self) -> tuple[Field, ...]:
         tokens_2d = (self.rows, self.row_tokens)
         arrays = (
+            ("row_ids", "int32", (self.rows,)),
+            ("num_tokens", "int32", (self.rows,)),
             ("tokens", "int32", tokens_2d),
             ("segment_start", "int32", tokens_2d),
             ("loss_mask", "uint8", tokens_2d),

@@ -246,6 +246,8 @@ class Worker:
                 used.append((sample, span))
         for name, array in (("tokens", tokens), ("loss_mask", loss_mask), ("segment_start", segment_start)):
             out[name].copy_(_pinned(torch.from_numpy(array)), non_blocking=True)
+        out["row_ids"].fill_(row.row_id)
+        out["num_tokens"].fill_(num_tokens)
         place, parts = self._spec.feature_slice
         # Devices that share a row: each bridge computes it whole, to find the same faults, and writes its own part.
         # Slots on another GPU than the target: the row is put together here and goes there in one peer copy.

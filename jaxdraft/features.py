@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from feature_bridge.contracts import Filled, FilledRow, Row
@@ -69,7 +68,7 @@ class FeatureStream:
         self._pending: deque[Request] = deque()  # asked for and not returned
         self._borrowed: dict[tuple[Filled, ...], Batch] = {}  # returned and not released
         # Views made ahead: one takes JAX most of a millisecond, and slots come round again.
-        self._views: dict[tuple[Producer, ...], dict[str, jax.Array]] = {}
+        self._views: dict[tuple[Producer, ...], Batch] = {}
         self._num_slots = min(bridge.num_slots for bridge in self._bridges)
         self.seconds_waiting = 0.0
 
@@ -104,7 +103,7 @@ class FeatureStream:
         (A numpy view of one, `np.asarray` on the CPU, has no such guard: do not keep it.)
         """
         batch = self._borrowed.pop(filled)
-        for array in (batch.tokens, batch.segment_start, batch.loss_mask, batch.features):
+        for array in jax.tree.leaves(batch):
             array.delete()
         # The next views of the same memory, while a step runs. (A GPU's copies of host memory have to wait for it.)
         parts = self._parts(filled)
@@ -153,25 +152,16 @@ class FeatureStream:
 
     def _view(self, filled: tuple[Filled, ...]) -> Batch:
         """The filled slots as one batch of global arrays; the shard of each device is its slot's memory."""
-        views = self._views.pop(self._place(filled), None) or self._make_views(filled)
-        parts = [(seat.device, one.parts[rank].rows) for seat, _, one, rank in self._parts(filled)]
-        num_tokens, row_ids = (
-            self._assemble(name, [jax.device_put(np.asarray(values, np.int32), device) for device, values in shards])
-            for name, shards in (
-                ("num_tokens", [(device, [row.num_tokens for row in rows]) for device, rows in parts]),
-                ("row_ids", [(device, [row.row_id for row in rows]) for device, rows in parts]),
-            )
-        )
-        return Batch(**views, num_tokens=num_tokens, row_ids=row_ids)
+        return self._views.pop(self._place(filled), None) or self._make_views(filled)
 
-    def _make_views(self, filled: tuple[Filled, ...]) -> dict[str, jax.Array]:
+    def _make_views(self, filled: tuple[Filled, ...]) -> Batch:
         shards = []
         for seat, *where in self._parts(filled):
             producers = _producers(seat.device, *where)
             arrays = {name: jax.dlpack.from_dlpack(producer, copy=False) for name, producer in producers.items()}
             # Where they are already, except that a GPU needs a copy of host memory.
             shards.append(jax.device_put(arrays, seat.device))
-        return {name: self._assemble(name, [shard[name] for shard in shards]) for name in shards[0]}
+        return Batch(**{name: self._assemble(name, [shard[name] for shard in shards]) for name in shards[0]})
 
     def _assemble(self, name: str, shards: list[jax.Array]) -> jax.Array:
         if self._mesh is None:

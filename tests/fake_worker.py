@@ -127,6 +127,10 @@ class FakeWorker:
 
 def field_values(field, rows: tuple[Row, ...], feature_slice: tuple[int, int] = (0, 1)) -> list[int]:
     """Small integers, exact in bfloat16, that differ by request, field and place in the whole row."""
+    if field.name == "row_ids":
+        return [row.row_id for row in rows]
+    if field.name == "num_tokens":
+        return [len(row.samples) for row in rows]
     per_row = field.num_bytes // len(rows) // {"int32": 4, "uint8": 1, "float32": 4, "bfloat16": 2}[field.dtype]
     shift = len(field.name)
     first = feature_slice[0] * per_row if field.name == "features" else 0
@@ -191,6 +195,8 @@ class TrainingWorker:
             filled.append(FilledRow(row_id=row.row_id, num_tokens=end, samples=row.samples))
         features = np.split(features, parts, axis=1)[place]
         values = {"tokens": tokens, "segment_start": start, "loss_mask": mask, "features": features}
+        values["row_ids"] = np.array([row.row_id for row in filled], np.int32)
+        values["num_tokens"] = np.array([row.num_tokens for row in filled], np.int32)
         for field in layout.fields:
             raw = np.ascontiguousarray(values[field.name]).tobytes()
             assert len(raw) == field.num_bytes, "float32 features only"

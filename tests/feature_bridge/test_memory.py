@@ -35,7 +35,8 @@ def to_jax(producer):
 def test_jax_sees_the_bytes_without_a_copy(memory, slot):
     memory, _ = memory
     arrays = {name: to_jax(p) for name, p in memory.arrays(slot).items()}
-    dtypes = {"tokens": jnp.int32, "segment_start": jnp.int32, "loss_mask": jnp.uint8, "features": jnp.bfloat16}
+    dtypes = dict.fromkeys(("row_ids", "num_tokens", "tokens", "segment_start"), jnp.int32)
+    dtypes |= {"loss_mask": jnp.uint8, "features": jnp.bfloat16}
     assert {name: a.dtype for name, a in arrays.items()} == dtypes
     for field in LAYOUT.fields:
         assert arrays[field.name].shape == field.shape
@@ -77,9 +78,9 @@ def test_another_process_writes_the_same_memory(memory):
 def test_each_virtual_device_maps_without_a_copy(memory):
     memory, _ = memory
     for device in jax.local_devices():
-        tokens = to_jax(memory.arrays(1, device.local_hardware_id)["tokens"])
-        assert tokens.devices() == {device}
-        assert tokens.unsafe_buffer_pointer() == memory.address + LAYOUT.slot_bytes
+        row_ids = to_jax(memory.arrays(1, device.local_hardware_id)["row_ids"])
+        assert row_ids.devices() == {device}
+        assert row_ids.unsafe_buffer_pointer() == memory.address + LAYOUT.slot_bytes
 
 
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")

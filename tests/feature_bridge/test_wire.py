@@ -13,6 +13,7 @@ from fake_worker import make_spec
 from feature_bridge import wire
 from feature_bridge.contracts import (
     MESSAGES,
+    SCHEMA_VERSION,
     Check,
     Checked,
     CheckedSystem,
@@ -51,7 +52,7 @@ EXAMPLES = (
     Release(slot=0, generation=2**33),
     Decode(request_id=3, draft_path="d", samples=(1,), max_new_tokens=5),
     Shutdown(),
-    Ready(schema_version=1, target=INFO, indexes={"train": TABLE}, num_slots=2, feature_width=16),
+    Ready(schema_version=SCHEMA_VERSION, target=INFO, indexes={"train": TABLE}, num_slots=2, feature_width=16),
     RingMemory(num_bytes=4096, cuda_handle=b"\x00" * 64),
     RingMemory(num_bytes=4096),
     SharedWeights(
@@ -163,7 +164,7 @@ def pack(**fields) -> bytes:
         (pack(type="Release", slot=1, generation=2, force=True), "Release has no field 'force'"),
         (pack(type="Fill", request_id=1, split="test", rows=[]), r"Fill does not fit the schema: .*split"),
         (pack(type="Fill", request_id=1, split="train", rows=[{"row_id": 1}]), r"samples.*rows"),
-        (pack(type="Ready", schema_version=2, new_field=1), "Ready has schema version 2, this side speaks 1"),
+        (pack(type="Ready", schema_version=0, new_field=1), "Ready has schema version 0, this side speaks"),
     ],
 )
 def test_what_is_no_message_is_one_sentence(payload, sentence):
@@ -183,7 +184,7 @@ def test_the_spec_is_a_json_document():
     assert wire.parse_spec(wire.dump_spec(spec)) == spec
     document = msgspec.json.decode(wire.dump_spec(spec))
     for change, sentence in (
-        ({"schema_version": 0}, "BridgeSpec has schema version 0, this side speaks 1"),
+        ({"schema_version": 0}, "BridgeSpec has schema version 0, this side speaks"),
         ({"num_slot": 3}, "BridgeSpec has no field 'num_slot'"),
         ({"row_tokens": "21"}, r"BridgeSpec does not fit the schema: .*row_tokens"),
     ):

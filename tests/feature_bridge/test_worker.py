@@ -21,6 +21,7 @@ from feature_bridge.worker import Worker
 TARGET = Path(__file__).parents[2] / "configs" / "tiny" / "target"
 LAYER_IDS = (0, 2, 5)
 ROW_TOKENS = 331
+BY_TOKEN = ("tokens", "segment_start", "loss_mask", "features")
 NUM_PICTURES = 4
 
 
@@ -132,8 +133,8 @@ def test_rows_of_text_and_pictures(worker):
             want = worker.target.extend([own_request(worker, position)]).features
             assert torch.equal(slot["features"][r, start:end], want)
             start = end
-        assert filled[r].row_id == 7 + r
-        assert filled[r].num_tokens == start
+        assert filled[r].row_id == slot["row_ids"][r] == 7 + r
+        assert filled[r].num_tokens == slot["num_tokens"][r] == start
         assert filled[r].samples == row
         assert filled[r].skipped == ()
         assert (slot["segment_start"][r, start:] == start).all()
@@ -145,8 +146,8 @@ def test_a_row_without_samples_is_padding(worker):
     filled, slot = fill(worker, (), (0,))
     assert filled[0].num_tokens == 0
     assert filled[0].samples == ()
-    for tensor in slot.values():
-        assert not tensor[0].any()
+    for name in BY_TOKEN:
+        assert not slot[name][0].any(), name
     assert filled[1].num_tokens > 0
 
 
@@ -186,7 +187,7 @@ def test_a_picture_that_fails_later_is_masked_out_of_its_row(damage, worker, dat
     masked = slice(lengths[0], sum(lengths))
     assert not slot["features"][0, masked].any()
     assert not slot["loss_mask"][0, masked].any()
-    for name in slot:
+    for name in BY_TOKEN:
         keep = torch.ones(ROW_TOKENS, dtype=torch.bool)
         keep[masked] = False
         assert torch.equal(slot[name][0, keep], clean[name][0, keep])
@@ -235,7 +236,7 @@ def test_bad_features_of_one_sample_do_not_lose_the_row(change, bad, reason, wor
     masked = slice(sum(lengths[:bad]), sum(lengths[: bad + 1]))
     keep = torch.ones(ROW_TOKENS, dtype=torch.bool)
     keep[masked] = False
-    for name in slot:
+    for name in BY_TOKEN:
         assert torch.equal(slot[name][0, keep], clean[name][0, keep])
         assert torch.equal(slot[name][1], clean[name][1])
     assert not slot["features"][0, masked].any()
@@ -366,7 +367,7 @@ def test_bridges_that_share_a_row_write_their_part_of_its_features(worker, monke
         (filled_a, first), (filled_b, second) = halves(2)
         assert first["features"].shape == (2, 165, worker.ready.feature_width)
         torch.testing.assert_close(torch.cat([first["features"], second["features"]], dim=1), whole["features"])
-        for name in ("tokens", "segment_start", "loss_mask"):
+        for name in ("row_ids", "num_tokens", "tokens", "segment_start", "loss_mask"):
             assert torch.equal(first[name], whole[name])
             assert torch.equal(second[name], whole[name])
         samples = [[row.samples for row in rows] for rows in (filled, filled_a, filled_b)]
