@@ -22,7 +22,17 @@ def test_step_quick():
     assert result.returncode == 0, result.stderr[-2000:]
     assert "attention auto = xla" in result.stdout
     rows = re.findall(r"^\| tiny \| ours, attention auto(, with optimizer)? \| [\d.]+ \|", result.stdout, re.M)
-    assert rows == ["", ", with optimizer"]
+    assert rows == 2 * ["", ", with optimizer"]  # as they are measured, and in the table
+    assert result.stdout.count("in shard_map the same bits: True") == 2
+
+
+def test_attention_quick():
+    command = [sys.executable, "-m", "benchmarks.step_attention", "--quick"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert re.findall(r"^\| (\d+) \| (whole|S/4) \| [\d,]+ \|", result.stdout, re.M) == [
+        ("48", "whole"), ("48", "S/4"), ("96", "whole"), ("96", "S/4")
+    ]  # fmt: skip
 
 
 def test_families():
