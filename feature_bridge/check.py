@@ -252,6 +252,8 @@ def _sglang(directory: Path, target: Target) -> System:
         raise ImportError("SGLang is not installed in the bridge's Python")
     if not hasattr(target, "load_draft"):
         raise NotRun("the target runs in transformers here; set target.backend='sglang'")
+    if not sglang_versions.serves_drafts():
+        raise NotRun(f"SGLang {sglang_versions.installed_version()} has no DFLASH; 0.5.11 and later have")
     return target.load_draft(directory)
 
 

@@ -35,6 +35,7 @@ class Release:
 BEFORE_DEEPSTACK = Release(deepstack_capture="layer_output")
 AFTER_DEEPSTACK = Release(deepstack_capture="next_layer_input")
 RELEASES = {
+    "0.5.10": BEFORE_DEEPSTACK,
     "0.5.14": BEFORE_DEEPSTACK,
     "0.5.15": BEFORE_DEEPSTACK,
     "0.5.16": BEFORE_DEEPSTACK,
@@ -75,6 +76,11 @@ def release_of(version: str) -> Release:
         stacklevel=2,
     )
     return Release(deepstack_capture=None)
+
+
+def serves_drafts() -> bool:
+    """Whether the installed release has DFLASH: 0.5.10 captures layers and cannot serve the draft."""
+    return importlib.util.find_spec("sglang.srt.models.dflash") is not None
 
 
 def set_environment(device: str, num_ranks: int = 1) -> None:
@@ -232,9 +238,8 @@ def ask_for_longest_picture_once() -> None:
             ends.known_lengths = lengths, int(lengths.max())
         lengths, longest = ends.known_lengths
         output = q.new_empty(q.shape)
-        vision.context_attention_fwd(
-            q, k, v, output, ends.to(q.device), lengths, longest, is_causal=False, sm_scale=softmax_scale
-        )
+        scale = {} if softmax_scale is None else {"sm_scale": softmax_scale}  # 0.5.10 has no such argument
+        vision.context_attention_fwd(q, k, v, output, ends.to(q.device), lengths, longest, is_causal=False, **scale)
         return output
 
     attention.forward = forward
@@ -281,10 +286,13 @@ def layer_state(hidden: Any, residual: Any, given: Mapping[str, Any]) -> Tensor:
 def prefill_whole(req: Any) -> None:
     """Tell a Req that its whole prompt is to be prefilled at once."""
     length = len(req.origin_input_ids)
+    if hasattr(req, "fill_ids"):  # up to 0.5.12
+        req.fill_ids, req.extend_input_len = req.origin_input_ids, length
+        return
     req.full_untruncated_fill_ids = req.origin_input_ids
     if hasattr(req, "set_extend_range"):  # 0.5.16 to 0.5.20
         req.set_extend_range(0, length)
-    elif hasattr(req, "fill_len"):  # up to 0.5.15
+    elif hasattr(req, "fill_len"):  # 0.5.13 to 0.5.15
         req.fill_len = req.extend_input_len = length
     else:  # 0.5.23
         req.extend_end = length
@@ -342,6 +350,8 @@ def forward_batch(reqs: Sequence[Any], runner: Any, tree_cache: Any) -> Any:
     waiting = getattr(batch, "prefill_input_ids_cpu", None)
     if batch.input_ids is None and waiting is not None:  # the scheduler would move them
         batch.input_ids, batch.prefill_input_ids_cpu = waiting.to(batch.device), None
+    if hasattr(batch, "get_model_worker_batch"):  # up to 0.5.12
+        batch = batch.get_model_worker_batch()
     optional = {"return_hidden_states_before_norm": False}
     known = inspect.signature(ForwardBatch.init_new).parameters
     return ForwardBatch.init_new(batch, runner, **{name: value for name, value in optional.items() if name in known})

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from feature_bridge import check
 from feature_bridge.targets import sglang_versions as versions
 
 ARGS = SimpleNamespace(tp_size=1, mem_fraction_static=0.25, device="cpu")
@@ -159,6 +160,17 @@ def test_extend(waiting, asks, install):
     assert torch.equal(versions.forward_batch([], runner, None), ids)
     assert batch.prefill_input_ids_cpu is None
     assert asked == ({"before": False} if asks else {})
+
+    batch.get_model_worker_batch = lambda: SimpleNamespace(input_ids=ids + 1)  # 0.5.10 goes through one more batch
+    assert torch.equal(versions.forward_batch([], runner, None), ids + 1)
+
+
+def test_a_release_without_dflash_has_nothing_to_check_a_draft_with(install, monkeypatch, tmp_path):
+    install({"sglang.srt.models": {}})
+    monkeypatch.setattr(versions, "installed_version", lambda: "0.5.10")
+    target = SimpleNamespace(load_draft=lambda directory: pytest.fail("it has no draft class"))
+    with pytest.raises(check.NotRun, match=r"SGLang 0\.5\.10 has no DFLASH"):
+        check.SYSTEMS["sglang"](tmp_path, target)
 
 
 def test_an_allocation_that_shares_and_keeps_nothing():

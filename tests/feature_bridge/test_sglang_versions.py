@@ -17,6 +17,7 @@ from feature_bridge.targets import sglang_versions as versions
 @pytest.mark.parametrize(
     ("version", "capture"),
     [
+        ("0.5.10", "layer_output"),
         ("0.5.14", "layer_output"),
         ("0.5.15", "layer_output"),
         ("0.5.16", "layer_output"),
@@ -94,6 +95,9 @@ def test_prefill_whole_in_each_versions_words():
     assert ranges == [(0, 3)]
     assert (oldest.fill_len, oldest.extend_input_len) == (3, 3)
     assert newest.extend_end == 3
+    before = SimpleNamespace(origin_input_ids=ids, fill_ids=[], extend_input_len=0)  # 0.5.10
+    versions.prefill_whole(before)
+    assert (list(before.fill_ids), before.extend_input_len) == ([3, 4, 5], 3)
 
 
 def test_layer_state_with_the_residual_beside_it_or_in_the_batch():
@@ -166,6 +170,14 @@ def test_the_longest_picture_is_asked_for_once(monkeypatch):
             out = attention.forward(q, q, q, cu_seqlens=ends, bsz=1, seq_len=len(q), softmax_scale=0.5, max_seqlen=None)
             torch.testing.assert_close(out, q + max(lengths))
     assert asked == [[4, 9, 2], [3]]
+
+    def attend_unscaled(q, k, v, output, ends, lengths, longest, is_causal=True):  # 0.5.10
+        output.copy_(q - longest)
+
+    package.vision = vision_module(context_attention_fwd=attend_unscaled)
+    versions.ask_for_longest_picture_once()
+    out = package.vision.VisionTritonAttention().forward(q, q, q, torch.tensor([0, 3]), 1, 3)
+    torch.testing.assert_close(out, q - 3)
 
     newer = vision_module(resolve_precomputed_max_seqlen=None)
     untouched = newer.VisionTritonAttention.forward
