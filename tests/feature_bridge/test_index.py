@@ -195,7 +195,7 @@ def test_unusual_pictures_are_used_and_a_bomb_is_not(processor, rng, tmp_path):
     index = build(path, processor)["train"]
     assert ids(index) == [name for name in names if name != "bomb.png"]
     assert [skip.where for skip in index.skipped] == ["t.jsonl:4"]
-    assert "bomb.png is too large to decode safely" in index.skipped[0].reason
+    assert "is too large to decode safely" in index.skipped[0].reason  # (long paths are shortened)
     for position in range(len(index)):
         sample = index.sample(position)
         pixels, grids = render_inputs(sample, processor)
