@@ -37,7 +37,11 @@ PROFILED_FILL = WARM_ROWS + 6  # one of the phase "hand-over"
 
 
 class TimedWorker:
-    """The bridge's worker; every row says when the target's extend ended, in place of a skipped sample."""
+    """The bridge's worker; every row says when the target's extend and the fill ended, in place of a skipped sample.
+
+    The extend's end is the GPU's: an event of its stream, nobody waits for it. The distance to an event before the fill
+    puts it on the host's clock, at the earliest moment that it can have been.
+    """
 
     def __new__(cls, spec: Any) -> Any:
         import torch
@@ -46,19 +50,26 @@ class TimedWorker:
         from feature_bridge.contracts import Skip
         from feature_bridge.worker import Worker
 
+        on_gpu = torch.cuda.is_available()
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if on_gpu else (None, None)
+
         class Timed(Worker):
             fills = 0
 
             def fill(self, split: str, rows: Any, slot: Any) -> Any:
                 self.fills += 1
-                if self.fills == PROFILED_FILL and torch.cuda.is_available():
+                begin = time.monotonic()  # the GPU is idle: this bridge waited for it at the end of the last fill
+                if on_gpu:
+                    first.record()
+                if self.fills == PROFILED_FILL and on_gpu:
                     with torch.profiler.profile() as profile:
                         filled = super().fill(split, rows, slot)
                     profile.export_chrome_trace(str(Path(spec.target.path).parent / "fill_trace.json"))
                 else:
                     filled = super().fill(split, rows, slot)
-                ended = (Skip(where="extend", reason=self.ended),)
-                return tuple(dataclasses.replace(row, skipped=ended) for row in filled)
+                extended = begin + first.elapsed_time(last) / 1000 if on_gpu else self.extended
+                times = (Skip(where="", reason=f"{extended!r} {time.monotonic()!r}"),)
+                return tuple(dataclasses.replace(row, skipped=times) for row in filled)
 
         worker = Timed(spec)
         if spec.target.sglang_args.get("load_format") == "dummy":  # the file's embedding, as the trainer expects it
@@ -69,9 +80,9 @@ class TimedWorker:
 
         def timed_extend(requests: Any, **options: Any) -> Any:
             output = extend(requests, **options)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            worker.ended = repr(time.monotonic())
+            if on_gpu:
+                last.record()
+            worker.extended = time.monotonic()
             return output
 
         worker.target.extend = timed_extend
@@ -208,10 +219,12 @@ class Run:
 
         stream = FeatureStream(self.bridge, itertools.islice(self.requests, self.rows), self.mesh)
         stream._num_slots = 1
-        times, fills = [], []
+        times, in_bridge, fills = [], [], []
         for slot in stream:
             jax.block_until_ready(slot.batch)
-            times.append(time.monotonic() - float(slot.rows[0].skipped[0].reason))
+            usable, (extended, filled_at) = time.monotonic(), map(float, slot.rows[0].skipped[0].reason.split())
+            times.append(usable - extended)
+            in_bridge.append(filled_at - extended)
             (filled,) = slot.filled
             fills.append(filled.seconds)
             producers, batch = self.bridge.slot(filled), slot.batch
@@ -221,6 +234,7 @@ class Run:
             stream.release(slot.filled)
         say("row", f"{self.config.data.row_tokens} tokens, {num_bytes / 1e6:.1f} MB of features")
         say("hand-over, extend's end to a batch of JAX arrays", quantiles(times[2:]))
+        say("of it until the slot's bytes are complete", quantiles(in_bridge[2:]))
         say("pointers equal the slot's", f"all of {self.rows} rows")
         say("a fill that nothing was prepared for", quantiles(fills))
         for name, value in of_trace(self.root / "fill_trace.json").items():
