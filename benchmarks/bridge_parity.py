@@ -212,10 +212,10 @@ def use_native_ops() -> None:
 
     start_runner = sglang_versions.start_runner
 
-    def start(args: Any) -> Any:
+    def start(*args: Any) -> Any:
         from sglang.srt.layers.utils.multi_platform import MultiPlatformOp
 
-        runner = start_runner(args)
+        runner = start_runner(*args)
         for module in runner.model.modules():
             if isinstance(module, MultiPlatformOp):
                 module._forward_method = module.forward_native
