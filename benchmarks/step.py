@@ -1,6 +1,6 @@
-"""Time of a training step, ours beside SpecForge's: `python -m benchmarks.step` on a GPU, `--quick` anywhere.
+"""Time of a training step, ours beside its peers': `python -m benchmarks.step` on a GPU, `--quick` anywhere.
 
-First it compares: the attention and the loss with float32 references, loss and gradients with SpecForge's. Then it
+First it compares: the attention and the loss with float32 references, loss and gradients with the peers'. Then it
 times forward + backward (and ours with the optimizer) of one packed row: every step waited for, median. Useful work
 counts each matrix product once forward and its backward, attention at its average context of S/2, the frozen head's
 input gradient only.
@@ -16,6 +16,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import os
 import platform
@@ -40,13 +41,18 @@ import jax  # isort: skip
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.step_checks import check_kernels, relative
+from benchmarks.step_checks import check_kernels
 from feature_bridge.cpu_stand_ins import torchvision_ops
 from jaxdraft.losses import LossConfig
-from jaxdraft.model.tensors import from_tensors
 from jaxdraft.ops import block_attention
 from jaxdraft.optim import OptimConfig
 from jaxdraft.train_step import StepConfig, init_state, make_train_step
+
+PEERS = {
+    "specforge": ("benchmarks.step_specforge", "SpecForge"),
+    "speculators": ("benchmarks.step_speculators", "Speculators"),
+}
+"""Where the step of an installed package is."""
 
 
 @dataclasses.dataclass
@@ -158,31 +164,28 @@ def print_kernels(step, top: int) -> None:
         print(f"  {milliseconds:7.3f} ms in {counts[name] / 3:4.1f} x {name[:80]}")
 
 
-def open_specforge(job: Job):
-    """SpecForge's step, after its loss and gradients have been compared with ours."""
+def installed_peers() -> list[str]:
+    """Prints which are missing."""
+    missing = [package for package in PEERS if importlib.util.find_spec(package) is None]
+    for package in missing:
+        print(f"{package} is not installed and left out: pip install --no-deps -r tests/peers.txt", flush=True)
+    return [package for package in PEERS if package not in missing]
+
+
+def open_peers(job: Job, packages: list[str]) -> list:
+    """The steps of these peers, after their losses and gradients have been compared with ours."""
     torchvision_ops.ensure()  # before transformers
-    from benchmarks.step_peers import SpecForge
+    import torch
 
-    params, frozen, batch, anchors, _ = inputs = make_inputs(job.shape)
-    backend = "flex_attention" if jax.default_backend() == "gpu" else "sdpa"
-    peer = SpecForge(job.shape.draft(), LossConfig(), params, frozen, batch, anchors, backend=backend)
-    theirs, grads = peer.loss_and_gradients()
-    loss, own_grads = job.built.result()[0](*inputs)
-    errors = {name: float(x) for name, x in relative_gradients(own_grads, grads, draft=job.shape.draft()).items()}
-    worst = max(errors, key=errors.get)
-    print(
-        f"{job.label}: loss {float(loss):.6f}, SpecForge's {theirs:.6f}; relative difference of the gradients, both in "
-        f"bfloat16: median {np.median(list(errors.values())):.1e}, largest {errors[worst]:.1e} ({worst})",
-        flush=True,
-    )
-    assert abs(float(loss) - theirs) < 1e-2 * theirs, theirs
-    assert errors[worst] < 0.2, errors
-    return peer, backend
+    from benchmarks.step_peers import compare
 
-
-@functools.partial(jax.jit, static_argnames="draft")
-def relative_gradients(grads, tensors, *, draft):
-    return {name: relative(grads[name], x) for name, x in from_tensors(tensors, draft).items()}
+    *inputs, valid = make_inputs(job.shape)
+    draft, peers = job.shape.draft(), []
+    for module, name in (PEERS[package] for package in packages):
+        peer = getattr(importlib.import_module(module), name)(draft, LossConfig(), *inputs, dtype=torch.bfloat16)
+        compare(job.label, peer, peer.loss_and_gradients(), job.built.result()[0](*inputs, valid), draft)
+        peers.append(peer)
+    return peers
 
 
 class Table:
@@ -249,7 +252,9 @@ def main() -> None:
     parser.add_argument("--attention", nargs="+", default=["auto"], help="implementations of the block attention")
     parser.add_argument("--head-chunk-tokens", nargs="+", type=int, default=[], help="also these chunks of the head")
     parser.add_argument("--float8-head", action="store_true", help="also with the head's products in 8 bits")
-    parser.add_argument("--peers", nargs="*", metavar="SHAPE", help="SpecForge, at these shapes (all): to be installed")
+    parser.add_argument(
+        "--peers", nargs="*", metavar="SHAPE", help="also SpecForge and speculators, at these shapes (all)"
+    )
     parser.add_argument("--scaling", action="store_true", help="also other numbers of anchors, rows, tokens, V")
     parser.add_argument(
         "--no-optimizer", action="store_true", help="leave out the first shape's step with the optimizer"
@@ -265,8 +270,7 @@ def main() -> None:
         args.shapes, args.repeats = ["tiny"], 3
     if args.start:
         return measure_starts(args.shapes[0])
-    if args.peers is not None and importlib.util.find_spec("specforge") is None:
-        parser.error("--peers needs specforge: pip install --no-deps specforge==0.2.0")
+    packages = [] if args.peers is None else installed_peers()
 
     device = jax.devices()[0].device_kind
     choice = block_attention.attention_choice(jnp.bfloat16, SHAPES[args.shapes[0]].head_dim)
@@ -286,7 +290,7 @@ def main() -> None:
                 jobs.append(ours(pool, label, dataclasses.replace(shape, **change), attention=args.attention[0]))
         check_kernels(quick=args.quick)
         for name in args.shapes if args.peers == [] else args.peers or ():
-            peers[name] = open_specforge(next(job for job in jobs if job.label == name))
+            peers[name] = open_peers(next(job for job in jobs if job.label == name), packages)
 
     table, size = Table(), 256 if args.quick else 8192
     time.sleep(0 if args.quick else 2)
@@ -299,11 +303,11 @@ def main() -> None:
             if job.label.split()[0] == name:
                 times = time_job(job, args.repeats, profile=args.profile if job is jobs[0] else 0)
                 table.add(job.label, job.system, job.shape, times, job.peak(), job.built.result()[1], ceiling)
-        if name in peers:
-            peer, backend = peers.pop(name)
-            for chunk in (128, 0):
-                times, peak, seconds = peer.measure(chunk, lambda f: time_each(f, args.repeats))
-                table.add(name, f"SpecForge, {backend}, chunk {chunk}", shape, times, peak, seconds, ceiling)
+        for peer in peers.pop(name, ()):
+            for variant in peer.variants:
+                times, peak, seconds = peer.measure(variant, lambda f: time_each(f, args.repeats))
+                system = f"{peer.name}, {peer.attention}, {variant}"
+                table.add(name, system, shape, times, peak, seconds, ceiling)
             peer.close()
     table.print()
 

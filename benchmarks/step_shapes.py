@@ -83,7 +83,7 @@ def weights(draft: DraftConfig):
 
 @functools.partial(jax.jit, static_argnames="shape")
 def make_batch(shape: Shape):
-    """Random (batch, anchors, valid): every token supervised, one sample a row."""
+    """Random (batch, anchors, valid): every token supervised, one sample a row, blocks end before it does."""
     keys = jax.random.split(jax.random.key(1), 3)
     r, s = shape.rows, shape.tokens
     batch = Batch(
@@ -94,7 +94,7 @@ def make_batch(shape: Shape):
         num_tokens=jnp.full((r,), s, jnp.int32),
         row_ids=jnp.arange(r),
     )
-    draw = jax.vmap(lambda key: jax.random.permutation(key, s - 1)[: shape.anchors])
+    draw = jax.vmap(lambda key: jax.random.permutation(key, s - shape.block)[: shape.anchors])
     anchors = jnp.sort(draw(jax.random.split(keys[2], r)), axis=1).astype(jnp.int32)
     return batch, anchors, jnp.ones(anchors.shape, bool)
 

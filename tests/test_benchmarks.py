@@ -17,13 +17,21 @@ TINY = ROOT / "configs" / "tiny"
 
 
 def test_step_quick():
-    command = [sys.executable, "-m", "benchmarks.step", "--quick", "--profile", "1"]
+    command = [sys.executable, "-m", "benchmarks.step", "--quick", "--profile", "1", "--peers"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "attention auto = xla" in result.stdout
     rows = re.findall(r"^\| tiny \| ours, attention auto(, with optimizer)? \| [\d.]+ \|", result.stdout, re.M)
     assert rows == 2 * ["", ", with optimizer"]  # as they are measured, and in the table
     assert result.stdout.count("in shard_map the same bits: True") == 2
+    assert re.findall(r"^tiny, (\w+): loss .*, ours .* relative difference of the gradients", result.stdout, re.M) == [
+        "SpecForge", "speculators"
+    ]  # fmt: skip
+    peers = re.findall(r"^\| tiny \| (\w+), sdpa, ([\w ,]+) \| [\d.]+ \|", result.stdout, re.M)
+    assert peers[:4] == peers[4:] == [
+        ("SpecForge", "chunk 128"), ("SpecForge", "chunk 0"),
+        ("speculators", "float32 weights, autocast"), ("speculators", "bfloat16 weights"),
+    ]  # fmt: skip
 
 
 def test_attention_quick():
