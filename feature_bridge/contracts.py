@@ -83,6 +83,7 @@ class BridgeSpec:
     feature_slice: tuple[int, int] = (0, 1)  # (i, n): of each row it writes the i-th of n parts of the features
     row_slice: tuple[int, int] = (0, 1)  # (i, n): of a request's rows it writes the i-th of n parts
     rank: Rank = Rank()
+    reader_processes: int = 0  # that read samples and resize pictures; 0: threads of the bridge do
 
     @property
     def rows_per_request(self) -> int:

@@ -1,6 +1,6 @@
 """What fills a slot: the index of the data, the target, and the way from a row of samples to a row of features.
 
-    Row(samples) --index, pictures (background thread)--> requests --one extend--> features --checked--> slot
+    Row(samples) --index, pictures (in the background)--> requests --one extend--> features --checked--> slot
 
 Legend: R rows of a slot, S tokens of a row, T tokens of a row in use, K captured layers, H hidden size, W = K * H.
 """
@@ -36,10 +36,9 @@ from feature_bridge.contracts import (
 from feature_bridge.cuda_ipc import Gpu
 from feature_bridge.gpu_memory import target_budget, weight_bytes
 from feature_bridge.index import build_indexes, format_counts
-from feature_bridge.media import MediaError
 from feature_bridge.memory import CPU, CUDA, Producer
 from feature_bridge.processors import load_processor
-from feature_bridge.requests import request_of
+from feature_bridge.readers import Readers
 from feature_bridge.samples import Sample
 from feature_bridge.targets import load_target, read_text_config, resolve_directory
 from feature_bridge.targets.base import Request, Target
@@ -77,6 +76,7 @@ class Worker:
         # Before the target: the index starts processes, and those should not inherit a model.
         self.indexes = build_indexes(target_spec, spec.data, self.processor)
         print(format_counts(self.indexes), flush=True)
+        self._readers = Readers(spec.reader_processes, target_spec, spec.data, self.indexes)
         budget = self._target_budget()
         if budget is not None and spec.memory_fraction is not None:
             torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.mem_get_info()[1])
@@ -85,7 +85,7 @@ class Worker:
             print(f"stand-in on this CPU: {stand_in}", flush=True)
         width = self.target.info.hidden_size * len(spec.target.layer_ids)
         self._layout = spec.slot_layout(width)
-        threads = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+        threads = spec.reader_processes or max(1, min(4, len(os.sched_getaffinity(0)) // 2))
         # Among the ranks of one target; its own collectives are the target's.
         self._ranks = torch.distributed.new_group(backend="gloo") if spec.rank.count > 1 else None
         # Beside a GPU: torch's own threads for every picture would take the cores from whoever launches its kernels.
@@ -211,16 +211,15 @@ class Worker:
         index = self.indexes[split]
         entry = index.entries[position]
         left = Prepared(position, entry.sample_id, entry.length, where=index.source.where(entry.row))
-        try:
-            sample = index.sample(position)
-            left = replace(left, sample=sample)
-            request = request_of(sample, self.processor)
+        sample, request, fault = self._readers.load(split, position)
+        if request is not None:
             pixels, frames = _pinned(request.pixel_values), _pinned(request.video_values)
-            return replace(
-                left, request=self.target.prepare(replace(request, pixel_values=pixels, video_values=frames))
-            )
-        except (MediaError, ValueError, OSError) as error:
-            return replace(left, skip=Skip(where=left.where, reason=str(error)))
+            try:
+                request = self.target.prepare(replace(request, pixel_values=pixels, video_values=frames))
+            except ValueError as error:
+                request, fault = None, str(error)
+        skip = None if fault is None else Skip(where=left.where, reason=fault)
+        return replace(left, sample=sample, request=request, skip=skip)
 
     def _fill_row(self, row: Row, samples: Sequence[Prepared], out: dict[str, Tensor]) -> FilledRow:
         """One row: the template's tokens, segments, mask and features; zeros where there is nothing.

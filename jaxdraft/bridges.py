@@ -86,6 +86,7 @@ def make_bridge_spec(config: Config, layer_ids: Sequence[int], **own: Any) -> Br
     `own`: the fields of `BridgeSpec` that differ between the bridges of a run.
     """
     target, data, bridge = config.target, config.data, config.bridge
+    default_readers = 4 if bridge.transport == "cuda_ipc" else 0  # beside a GPU: threads hold up its kernels' launches
     return BridgeSpec(
         target=TargetSpec(
             path=target.path,
@@ -119,6 +120,7 @@ def make_bridge_spec(config: Config, layer_ids: Sequence[int], **own: Any) -> Br
         feature_dtype=bridge.feature_dtype,
         transport=bridge.transport,
         memory_fraction=bridge.memory_fraction,
+        reader_processes=default_readers if bridge.reader_processes is None else bridge.reader_processes,
         **own,
     )
 

@@ -167,6 +167,8 @@ class BridgeConfig:
     """How often a bridge that died or hung is started again; training goes on from the same row."""
     memory_fraction: float | None = None
     """Share of its GPU's memory that a bridge may take, slots included; None: what the trainer leaves free."""
+    reader_processes: int | None = None
+    """Processes of a bridge that read samples and resize pictures; 0: its threads; None: 4 with cuda_ipc, else 0."""
 
     def __post_init__(self):
         if self.devices is not None and (not self.devices or self.transport != "cuda_ipc"):
@@ -181,6 +183,13 @@ class BridgeConfig:
                 "use bridge.transport='shared_memory' or 'cuda_ipc'"
             )
         _require(self.restarts >= 0, "bridge.restarts", self.restarts, "give 0 or more")
+        if self.reader_processes is not None:
+            _require(self.reader_processes >= 0, "bridge.reader_processes", self.reader_processes, "give 0 or more")
+            if self.reader_processes and self.transport == "in_process":
+                raise ValueError(
+                    f"bridge.reader_processes={self.reader_processes} needs a bridge process; "
+                    "use bridge.transport='shared_memory' or 'cuda_ipc', or 0"
+                )
         _require_fraction("bridge.memory_fraction", self.memory_fraction)
         _require(
             self.num_slots >= 2,
