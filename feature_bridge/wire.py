@@ -23,6 +23,7 @@ from feature_bridge.contracts import MESSAGES, SCHEMA_VERSION, BridgeSpec
 _LENGTH = struct.Struct("<I")
 _MAX_FRAME = 1 << 29  # far above any index; a longer one means that the stream is not ours
 _MAX_FDS = 4
+_READ_BYTES = 1 << 16  # a larger buffer is mapped and unmapped by malloc, which costs more than most messages
 _CLASSES = {cls.__name__: cls for cls in MESSAGES}
 
 
@@ -159,7 +160,7 @@ class Connection:
 
     def _read(self) -> None:
         try:
-            data, fds, _, _ = socket.recv_fds(self._socket, 1 << 20, _MAX_FDS)
+            data, fds, _, _ = socket.recv_fds(self._socket, _READ_BYTES, _MAX_FDS)
         except OSError as error:
             raise EOFError("the connection broke") from error
         for fd in fds:

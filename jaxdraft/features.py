@@ -68,7 +68,7 @@ class FeatureStream:
         self._pending: deque[Request] = deque()  # asked for and not returned
         self._borrowed: dict[tuple[Filled, ...], Batch] = {}  # returned and not released
         # Views made ahead: one takes JAX most of a millisecond, and slots come round again.
-        self._views: dict[tuple[Producer, ...], Batch] = {}
+        self._views: dict[tuple[int, ...], Batch] = {}
         self._num_slots = min(bridge.num_slots for bridge in self._bridges)
         self.seconds_waiting = 0.0
 
@@ -169,9 +169,10 @@ class FeatureStream:
         sharding = getattr(batch_shardings(self._mesh), name)
         return jax.make_array_from_single_device_arrays(_global_shape(shards[0].shape, sharding), sharding, shards)
 
-    def _place(self, filled: tuple[Filled, ...]) -> tuple[Producer, ...]:
-        """Where the slots are in memory."""
-        return tuple(p for seat, *where in self._parts(filled) for p in _producers(seat.device, *where).values())
+    def _place(self, filled: tuple[Filled, ...]) -> tuple[int, ...]:
+        """What says where the slots are in memory: a bridge that is started again has other slots."""
+        pairs = zip(self._bridges, filled, strict=True)
+        return tuple(x for bridge, one in pairs for x in (bridge.life, *(part.slot for part in one.parts)))
 
 
 def _producers(device: jax.Device, bridge: Bridge, filled: Filled, rank: int) -> dict[str, Producer]:
