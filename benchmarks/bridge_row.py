@@ -157,6 +157,7 @@ def first_steps(config: Any, draft: Any, mesh: Any, accumulations: list[int]) ->
             anchor_rule=config.anchor_rule,
             accumulation=accumulation,
             compute_dtype=config.compute_dtype,
+            keep_narrow=True,
         )
         start = time.monotonic()
         init = functools.partial(init_state, draft, config.optim, options)

@@ -204,7 +204,7 @@ def checkpoint(shape: Shape, args: argparse.Namespace) -> None:
     saved_on = OnMesh(shape, (1, devices, 1), devices)
     _, state = saved_on.losses(saved_on.new_state(), 3)
     with tempfile.TemporaryDirectory(dir=args.out) as directory, Checkpoints(Path(directory), keep=1) as checkpoints:
-        without = dataclasses.replace(state, accumulator=None)
+        without = state.saved()
         checkpoints.save(3, without, {})
         leaves = jax.device_get(jax.tree.leaves(without))
         expected, _ = saved_on.losses(state, 5)
@@ -219,14 +219,14 @@ def checkpoint(shape: Shape, args: argparse.Namespace) -> None:
             else:
                 rows, on = devices, OnMesh(shape, sizes, devices)
             new = on.new_state()
-            restored = checkpoints.restore(3, abstract_like(dataclasses.replace(new, accumulator=None)))
+            restored = checkpoints.restore(3, abstract_like(new.saved()))
             same = all(
                 np.array_equal(a, b) for a, b in zip(jax.device_get(jax.tree.leaves(restored)), leaves, strict=True)
             )
             line = "the same bits" if same else "OTHER BITS"
             assert same
             if rows == devices:
-                losses, _ = on.losses(dataclasses.replace(restored, accumulator=new.accumulator), 5)
+                losses, _ = on.losses(new.resumed(restored, on.options), 5)
                 worst = max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
                 line += f"; next 5 losses off by at most {worst:.1e}"
                 assert worst < TOLERANCE

@@ -89,7 +89,7 @@ def ours(pool, label: str, shape: Shape, **options) -> Job:
 
 def training_step(shape: Shape, attention: str):
     """(function, initial state's function) of the whole step: anchors, forward, backward, health checks, AdamW."""
-    options = StepConfig(num_anchors=shape.anchors, total_steps=1000, attention=attention)
+    options = StepConfig(num_anchors=shape.anchors, total_steps=1000, attention=attention, keep_narrow=True)
     _, frozen, *_ = abstract_inputs(shape)
     step = make_train_step(shape.draft(), LossConfig(), OptimConfig(), options, frozen)
     return step.func, functools.partial(init_state, shape.draft(), OptimConfig(), options)

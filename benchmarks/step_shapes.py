@@ -100,19 +100,28 @@ def make_batch(shape: Shape):
 
 
 def make_inputs(shape: Shape):
-    return *weights(shape.draft()), *make_batch(shape)
+    """(params, frozen, batch, anchors, valid); the matrices among params in bfloat16, as a training step keeps them."""
+    params, frozen = weights(shape.draft())
+    return _narrow(params), frozen, *make_batch(shape)
+
+
+_narrow = jax.jit(functools.partial(narrow_matrices, dtype="bfloat16"))
 
 
 def abstract_inputs(shape: Shape):
-    return jax.eval_shape(lambda: (*weights.__wrapped__(shape.draft()), *make_batch(shape)))
+    def inputs():
+        params, frozen = weights.__wrapped__(shape.draft())
+        return _narrow(params), frozen, *make_batch(shape)
+
+    return jax.eval_shape(inputs)
 
 
 def forward_backward(params, frozen, batch, anchors, valid, *, draft: DraftConfig, head_dtype=None, **options):
-    """(loss, gradients): float32 masters in, gradients in bfloat16 out, as in a training step on one device."""
+    """(loss, gradients): matrices and their gradients in bfloat16, as in a training step on one device."""
     config = LossConfig(head_dtype=head_dtype)
 
     def loss(params):
         sums = predict(params, frozen, batch, anchors, valid, draft=draft, loss=config, training=True, **options).sums
         return sums.numerator / sums.denominator
 
-    return jax.value_and_grad(loss)(narrow_matrices(params, "bfloat16"))
+    return jax.value_and_grad(loss)(params)

@@ -1,7 +1,8 @@
 """Samples read, their pictures and videos decoded and resized: here, or in processes of their own.
 
 A sample takes ten milliseconds, half of them under the interpreter's lock. Read by threads of the process that launches
-a target's kernels, microseconds apart, it made a row take twice as long (benchmarks/NOTES.md): so beside a GPU, processes.
+a target's kernels, microseconds apart, it made a row take twice as long (benchmarks/NOTES.md): so processes, beside a
+GPU.
 """
 
 from __future__ import annotations

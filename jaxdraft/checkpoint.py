@@ -26,7 +26,7 @@ RESUME_MAY_CHANGE = frozenset({
     "data.train_path", "data.eval_path",
     "data.eval_rows", "data.num_workers", "data.cache_dir", "bridge.transport", "bridge.num_slots", "bridge.python",
     "bridge.verify", "bridge.start_timeout_s", "bridge.request_timeout_s", "bridge.restarts", "bridge.memory_fraction",
-    "bridge.devices", "bridge.tensor_parallel",
+    "bridge.devices", "bridge.tensor_parallel", "bridge.reader_processes",
     "trainer.memory_fraction", "trainer.map_frozen", "mesh.data", "mesh.fsdp", "mesh.tensor", "draft.init_from",
     "accumulation",
     "distributed.coordinator_address", "distributed.num_processes", "distributed.process_id", "distributed.timeout_s",

@@ -8,6 +8,9 @@ from pathlib import Path
 GPU_XLA_FLAGS = {
     # cuBLAS is never slower than XLA's Triton products at a draft's shapes, and a third of the compile time is saved.
     "xla_gpu_enable_triton_gemm": "false",
+    # No CUDA graphs: the driver refuses to move a graph's copy to memory of another process, which slots are, and a
+    # draft's kernels are too long to gain by them.
+    "xla_gpu_enable_command_buffer": "",
 }
 
 

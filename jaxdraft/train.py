@@ -10,7 +10,6 @@ The same command again goes on from the latest checkpoint, with the losses and w
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import sys
 import time
@@ -97,6 +96,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
             accumulation=config.accumulation,
             compute_dtype=config.compute_dtype,
             attention=config.attention,
+            keep_narrow=mesh.size == 1 and config.compute_dtype != "float32",
         )
         frozen = FrozenWeights(config, target, bridge, mesh, config.compute_dtype)
         print_memory(console, memory_use(bridge, mesh.local_devices[0]), frozen)
@@ -112,8 +112,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
         meta = run_meta(config, draft, plan, bridge.ready)
         if checkpoints.latest is not None:
             check_resume(checkpoints.meta(checkpoints.latest), meta)
-            saved = checkpoints.restore(checkpoints.latest, abstract_like(to_save(state)))
-            state = dataclasses.replace(saved, accumulator=state.accumulator)
+            state = state.resumed(checkpoints.restore(checkpoints.latest, abstract_like(state.saved())), options)
             console.print(f"resuming from step {checkpoints.latest}")
         first_step = int(state.step)
 
@@ -143,7 +142,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
                     log.write(step, "eval", result.metrics())
                 stopping = vote.any(stop.received is not None)
                 if evaluate or plan.saves_after(step) or stopping:
-                    checkpoints.save(step, to_save(state), meta, tau=finite(result.tau) if evaluate else None)
+                    checkpoints.save(step, state.saved(), meta, tau=finite(result.tau) if evaluate else None)
                 if unchecked and conversations:
                     check_first(state.params, draft, frozen(), conversations, bridge, target, config.target.dtype)
                     unchecked = False
@@ -171,13 +170,8 @@ def saved_on_bridge_error(
         yield
     except BridgeError:
         if complete and step > 0 and jax.process_count() == 1:
-            checkpoints.save(step, to_save(state), meta)
+            checkpoints.save(step, state.saved(), meta)
         raise
-
-
-def to_save(state: TrainState) -> TrainState:
-    """Between optimizer steps the accumulator is empty; left out, a resume may accumulate otherwise."""
-    return dataclasses.replace(state, accumulator=None)
 
 
 def bridge_logs(run_dir: Path) -> list[Path]:

@@ -45,6 +45,8 @@ class StepConfig:
     """Implementation of the block attention: auto, mosaic (Hopper GPUs), xla or reference."""
     head_chunk_tokens: int | None = None
     """Tokens a row whose logits exist at a time; None: chosen by memory."""
+    keep_narrow: bool = False
+    """Keep the matrices in compute_dtype beside the masters, so that no micro-batch casts them; for one device."""
 
     def __post_init__(self):
         for name in ("num_anchors", "total_steps", "accumulation"):
@@ -68,14 +70,15 @@ class Accumulator:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainState:
-    """All that a resume needs.
+class SavedState:
+    """All that a resume needs: what a checkpoint holds, by these names.
 
     Attributes:
       step: optimizer steps done, refused ones included; it keys the anchors and the learning rate.
       params: float32 masters by name.
       opt_state: optax state.
-      accumulator: None when accumulation is 1.
+      accumulator: None when accumulation is 1, and in a checkpoint: between optimizer steps it is empty, and a resume
+        may accumulate otherwise.
       bad_batches: micro-batches refused so far.
       samples: supervised samples seen.
       tokens: row tokens seen, as (multiples of 2**20, remainder): one int32 would overflow.
@@ -88,6 +91,35 @@ class TrainState:
     bad_batches: Int[Array, ""]
     samples: Int[Array, ""]
     tokens: Int[Array, " two"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState(SavedState):
+    """The state of a running step.
+
+    Attributes:
+      narrow: the matrices among `params` in compute_dtype, with `StepConfig.keep_narrow`.
+    """
+
+    narrow: Params | None = None
+
+    def saved(self) -> SavedState:
+        """What to save, between optimizer steps."""
+        kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(SavedState)}
+        return SavedState(**kept | {"accumulator": None})
+
+    def resumed(self, saved: SavedState, options: StepConfig) -> TrainState:
+        """A new run's state, this one, taken to where `saved` was."""
+        kept = {field.name: getattr(saved, field.name) for field in dataclasses.fields(SavedState)}
+        return TrainState(**kept | {"accumulator": self.accumulator}).with_copies(options)
+
+    def with_copies(self, options: StepConfig) -> TrainState:
+        """With the `narrow` that belongs to its masters."""
+        if not options.keep_narrow:
+            return self
+        copies = narrow_matrices(self.params, options.compute_dtype)
+        return dataclasses.replace(self, narrow={name: x for name, x in copies.items() if x.ndim > 1})
 
 
 def tokens_seen(state: TrainState) -> int:
@@ -116,7 +148,7 @@ def init_state(
         bad_batches=zero(),
         samples=zero(),
         tokens=jnp.zeros(2, jnp.int32),
-    )
+    ).with_copies(options)
 
 
 def state_shardings(
@@ -192,7 +224,11 @@ def make_train_step(
 
         # Gradients that are summed over devices leave their products in float32.
         summed = mesh is not None and mesh.size > 1
-        params = state.params if summed else narrow_matrices(state.params, options.compute_dtype)
+        assert not (summed and options.keep_narrow)
+        if options.keep_narrow:
+            params = state.params | state.narrow
+        else:
+            params = state.params if summed else narrow_matrices(state.params, options.compute_dtype)
         (_, sums), grads = jax.value_and_grad(numerator, has_aux=True)(params)
         bad_rows = unhealthy_rows(batch, draft.hidden_size)
         ok = ~jnp.any(bad_rows) & jnp.all(jnp.isfinite(jnp.stack([sums.numerator, global_norm(grads)])))
@@ -279,7 +315,7 @@ def _update(state: TrainState, grads: Params, sums: LossSums, optim: OptimConfig
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(ok, new, old), (params, opt_state), (state.params, state.opt_state)
     )
-    state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+    state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state).with_copies(options)
     return state, {"learning_rate": rate, "grad_norm": norm, "updated": ok}
 
 

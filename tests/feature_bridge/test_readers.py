@@ -71,11 +71,15 @@ def test_processes_read_what_the_bridge_reads(data):
 
         os.kill(next(iter(readers._processes)).pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match=r"a process that reads samples died; lower bridge\.reader_processes"):
-            for _ in range(100):  # until it is noticed
-                readers.load("train", 0)
-                time.sleep(0.05)
+            load_for_a_while(readers)
     finally:
         readers.close()
+
+
+def load_for_a_while(readers: Readers) -> None:
+    for _ in range(100):  # until a death is noticed
+        readers.load("train", 0)
+        time.sleep(0.05)
 
 
 OWNER = """

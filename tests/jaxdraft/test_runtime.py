@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import jax
+import pytest
+
 from jaxdraft import runtime
 
 
+@pytest.fixture(autouse=True, scope="module")
+def started():
+    jax.devices()  # reads XLA_FLAGS, once, and ends the process at a flag that it does not know
+
+
 def test_flags_yield_to_the_environment(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true --other=1")
+    own = "--xla_gpu_enable_triton_gemm=true --other=1 --xla_gpu_enable_command_buffer=FUSION"
+    monkeypatch.setenv("XLA_FLAGS", own)
     runtime.configure()
-    assert runtime.os.environ["XLA_FLAGS"] == "--xla_gpu_enable_triton_gemm=true --other=1"
+    assert runtime.os.environ["XLA_FLAGS"] == own
 
 
 def test_flags_are_added_once(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--other=1")
     runtime.configure()
     runtime.configure()
-    assert runtime.os.environ["XLA_FLAGS"] == "--other=1 --xla_gpu_enable_triton_gemm=false"
+    added = "--xla_gpu_enable_triton_gemm=false --xla_gpu_enable_command_buffer="
+    assert runtime.os.environ["XLA_FLAGS"] == f"--other=1 {added}"

@@ -242,6 +242,27 @@ def test_bfloat16_step_is_close(batch, frozen, train_step):
     assert all(x.dtype == jnp.float32 for x in state.params.values())
 
 
+def test_copies_kept_for_the_next_step_are_those_of_its_masters(batch, frozen):
+    """After updates, between micro-batches and after a refused batch; and the run is that of copies made anew."""
+    made = dataclasses.replace(STEP, compute_dtype="bfloat16", accumulation=2)
+    kept = dataclasses.replace(made, keep_narrow=True)
+    broken = dataclasses.replace(batch, features=batch.features * jnp.nan)
+    losses = {}
+    for options in (made, kept):
+        step = make_train_step(CONFIG, LossConfig(), OPTIM, options, frozen)
+        state, losses[options] = new_state(options), []
+        for one in (batch, broken, batch, batch, batch):
+            state, metrics = step(state, one, KEY)
+            losses[options].append(float(metrics["loss"]))
+            if options.keep_narrow:
+                assert {name for name, x in state.params.items() if x.ndim > 1} == set(state.narrow)
+                for name, x in state.narrow.items():
+                    np.testing.assert_array_equal(x, state.params[name].astype(jnp.bfloat16))
+        assert (state.narrow is None) == (not options.keep_narrow)
+    assert losses[kept][-1] < losses[kept][0]
+    np.testing.assert_allclose(losses[made], losses[kept], rtol=2e-2)
+
+
 def test_sharded_step_equals_single_device(train_step, batch, frozen):
     """Rows over data and fsdp, parameters over fsdp and tensor: the same numbers, still one compilation."""
     devices = jax.devices()
