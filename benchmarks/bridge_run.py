@@ -81,6 +81,8 @@ def main(out: Path, python: str, quick: bool) -> None:
         wait(trainer, lambda: last_step(metrics) > step_killed + slots)
         say("training goes on after", f"{time.monotonic() - killed_at:.0f} s")
         say("memory with the second bridge", sample(last_step(metrics), trainer.pid, bridge_of(trainer.pid)))
+        told = [line for line in log_path.read_text().splitlines() if "after the bridge's restart" in line]
+        say("embedding and head after the restart", told[-1].rpartition(": ")[2] if told else "loaded once, not mapped")
         code = trainer.wait()
         say("end of the run", f"exit code {code}, step {last_step(metrics)} of {calm + after}")
         say_losses(metrics)

@@ -9,6 +9,7 @@ the bridge that runs now.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import jax
@@ -49,6 +50,7 @@ class FrozenWeights:
     def __call__(self) -> Frozen:
         if self.mapped and self._life != self._bridge.life:
             self._open()
+            print(f"embedding and head after the bridge's restart: {self.origin}", file=sys.stderr, flush=True)
         return self._current
 
     @property
