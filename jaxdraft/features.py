@@ -170,9 +170,10 @@ class FeatureStream:
         return jax.make_array_from_single_device_arrays(_global_shape(shards[0].shape, sharding), sharding, shards)
 
     def _place(self, filled: tuple[Filled, ...]) -> tuple[int, ...]:
-        """What says where the slots are in memory: a bridge that is started again has other slots."""
-        pairs = zip(self._bridges, filled, strict=True)
-        return tuple(x for bridge, one in pairs for x in (bridge.life, *(part.slot for part in one.parts)))
+        """Where the slots are in memory. (Not which they are: a bridge that was started again has others.)"""
+        return tuple(
+            next(iter(_producers(seat.device, *where).values())).address for seat, *where in self._parts(filled)
+        )
 
 
 def _producers(device: jax.Device, bridge: Bridge, filled: Filled, rank: int) -> dict[str, Producer]:

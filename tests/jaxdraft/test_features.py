@@ -1,7 +1,9 @@
 """The stream of slots: whose memory, whose bytes, how many at a time, and what a release means."""
 
 import dataclasses
+import functools
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -16,6 +18,7 @@ import jaxdraft.bridges
 from feature_bridge.client import connect
 from feature_bridge.contracts import Row, SlotLayout
 from feature_bridge.in_process import InProcessClient
+from feature_bridge.restart import RestartingClient
 from jaxdraft.bridges import BridgeError, make_bridge_spec, open_bridge, seats
 from jaxdraft.config import BridgeConfig, Config, DataConfig, DraftOptions, TargetConfig
 from jaxdraft.features import FeatureStream
@@ -103,6 +106,29 @@ def test_a_loop_that_releases_a_step_late(bridge):
         previous = (slot, metric)
     truth = sum(values[name].sum() for values in map(expected, requests) for name in ("features", "tokens"))
     assert float(total) == truth
+
+
+def test_a_slot_of_a_dead_bridge_is_no_view_of_the_next_ones(tmp_path):
+    """Released last of all, it does not stand in for the new bridge's slot of the same number."""
+    start = functools.partial(connect_fake, SPEC, log_path=tmp_path / "log")
+    with RestartingClient(start, 1, lambda _: None) as bridge:
+        requests = make_requests(16)
+        stream = FeatureStream(bridge, requests)
+        old = next(stream)
+        number = old.filled[0].slot
+        os.kill(bridge.pid, signal.SIGKILL)
+        numbers = []
+        for request in requests[1:]:
+            slot = next(stream)
+            check(slot, request)
+            addresses = {name: producer.address for name, producer in bridge.slot(slot.filled[0]).items()}
+            assert addresses == {name: getattr(slot.batch, name).unsafe_buffer_pointer() for name in BORROWED}
+            stream.release(slot.filled)
+            if bridge.life == 1:
+                numbers.append(slot.filled[0].slot)
+                if numbers.count(number) == 1 and numbers[-1] == number:
+                    stream.release(old.filled)
+        assert numbers.count(number) >= 2
 
 
 def test_no_more_than_num_slots_are_under_way(bridge):
