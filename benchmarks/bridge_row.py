@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import itertools
 import os
@@ -27,67 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bridge_trace import of_trace
+from benchmarks.bridge_worker import PROFILED_FILL, Times, times_of
 
 PHASES = ("hand-over", "capture", "step", "accumulated")
 ACCUMULATION = 4
 ROWS = {"full": 30, "quick": 4}  # measured in each phase
 WARM_ROWS = 12
-PROFILED_FILL = WARM_ROWS + 6  # one of the phase "hand-over"
-# --- the bridge's worker ----------------------------------------------------------------------------------------------
-
-
-class TimedWorker:
-    """The bridge's worker; every row says when the target's extend and the fill ended, in place of a skipped sample.
-
-    The extend's end is the GPU's: an event of its stream, nobody waits for it. The distance to an event before the fill
-    puts it on the host's clock, at the earliest moment that it can have been.
-    """
-
-    def __new__(cls, spec: Any) -> Any:
-        import torch
-        from safetensors.torch import load_file
-
-        from feature_bridge.contracts import Skip
-        from feature_bridge.worker import Worker
-
-        on_gpu = torch.cuda.is_available()
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if on_gpu else (None, None)
-
-        class Timed(Worker):
-            fills = 0
-
-            def fill(self, split: str, rows: Any, slot: Any) -> Any:
-                self.fills += 1
-                begin = time.monotonic()  # the GPU is idle: this bridge waited for it at the end of the last fill
-                if on_gpu:
-                    first.record()
-                if self.fills == PROFILED_FILL and on_gpu:
-                    with torch.profiler.profile() as profile:
-                        filled = super().fill(split, rows, slot)
-                    profile.export_chrome_trace(str(Path(spec.target.path).parent / "fill_trace.json"))
-                else:
-                    filled = super().fill(split, rows, slot)
-                extended = begin + first.elapsed_time(last) / 1000 if on_gpu else self.extended
-                times = (Skip(where="", reason=f"{extended!r} {time.monotonic()!r}"),)
-                return tuple(dataclasses.replace(row, skipped=times) for row in filled)
-
-        worker = Timed(spec)
-        if spec.target.sglang_args.get("load_format") == "dummy":  # the file's embedding, as the trainer expects it
-            (embedding,) = load_file(Path(spec.target.path) / "model.safetensors").values()
-            with torch.no_grad():
-                worker.target.frozen()["embedding"].copy_(embedding)
-        extend = worker.target.extend
-
-        def timed_extend(requests: Any, **options: Any) -> Any:
-            output = extend(requests, **options)
-            if on_gpu:
-                last.record()
-            worker.extended = time.monotonic()
-            return output
-
-        worker.target.extend = timed_extend
-        return worker
-
+WARM_CAPTURES = 4
 
 # --- the measurements -------------------------------------------------------------------------------------------------
 
@@ -223,9 +168,9 @@ class Run:
         times, in_bridge, fills = [], [], []
         for slot in stream:
             jax.block_until_ready(slot.batch)
-            usable, (extended, filled_at) = time.monotonic(), map(float, slot.rows[0].skipped[0].reason.split())
-            times.append(usable - extended)
-            in_bridge.append(filled_at - extended)
+            usable, filling = time.monotonic(), times_of(slot.rows[0])
+            times.append(usable - filling.extended)
+            in_bridge.append(filling.end - filling.extended)
             (filled,) = slot.filled
             fills.append(filled.seconds)
             producers, batch = self.bridge.slot(filled), slot.batch
@@ -238,27 +183,34 @@ class Run:
         say("of it until the slot's bytes are complete", quantiles(in_bridge[2:]))
         say("pointers equal the slot's", f"all of {self.rows} rows")
         say("a fill that nothing was prepared for", quantiles(fills))
-        for name, value in of_trace(self.root / "fill_trace.json").items():
-            say(f"one fill: {name}", value)
 
     def capture(self) -> None:
         """The bridge is always asked for the next rows."""
+
+        fills: list[Times] = []
 
         def rows(count: int) -> tuple[int, int]:
             samples = tokens = 0
             for _ in range(count):
                 slot = next(self.stream)
                 samples, tokens = samples + len(slot.rows[0].samples), tokens + slot.rows[0].num_tokens
+                fills.append(times_of(slot.rows[0]))
                 self.stream.release(slot.filled)
             return samples, tokens
 
-        rows(4)
+        rows(WARM_CAPTURES)
+        fills.clear()
         start = time.monotonic()
         samples, tokens = rows(self.rows)
         seconds = time.monotonic() - start
         self.capture_s = seconds / self.rows
         say("capture alone", f"{1000 * self.capture_s:.1f} ms a row")
         say("capture alone, throughput", f"{tokens / seconds:,.0f} tokens/s, {samples / seconds:.2f} samples/s")
+        say("a prepared fill: waiting for its samples", quantiles([fill.launching - fill.begin for fill in fills]))
+        say("a prepared fill: launching the extend", quantiles([fill.launched - fill.launching for fill in fills]))
+        say("a prepared fill: from there to its end", quantiles([fill.end - fill.launched for fill in fills]))
+        for name, value in of_trace(self.root / "fill_trace.json").items():
+            say(f"one prepared fill: {name}", value)
 
     def one_batch(self) -> Any:
         """A copy of one row. Afterwards the bridge is idle: it has filled what it was asked for."""
@@ -352,12 +304,13 @@ def main(
     with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
         compiled = pool.submit(first_steps, config, draft, mesh, accumulations)  # while the bridge starts
         started = time.monotonic()
+        before_capture = WARM_ROWS + ((rows or ROWS[size]) if "hand-over" in phases else 0)
         bridge = connect(
             make_bridge_spec(config, draft.target_layer_ids),
             log_path=root / "bridge.log",
             python=python,
-            worker="benchmarks.bridge_row:TimedWorker",
-            env={"PYTHONPATH": path_with_repository()},
+            worker="benchmarks.bridge_worker:TimedWorker",
+            env={"PYTHONPATH": path_with_repository(), PROFILED_FILL: str(before_capture + WARM_CAPTURES - 1)},
         )
         stack.enter_context(bridge)
         say("machine", f"{device.device_kind}; {bridge.ready.target.backend}; jax {jax.__version__}")
