@@ -25,6 +25,7 @@ _MAX_FRAME = 1 << 29  # far above any index; a longer one means that the stream 
 _MAX_FDS = 4
 _READ_BYTES = 1 << 16  # a larger buffer is mapped and unmapped by malloc, which costs more than most messages
 _CLASSES = {cls.__name__: cls for cls in MESSAGES}
+_FIELDS = {cls: tuple(field.name for field in dataclasses.fields(cls)) for cls in (*MESSAGES, BridgeSpec)}
 
 
 class WireError(ValueError):
@@ -38,7 +39,7 @@ def encode(message: Any) -> bytes:
     """A message of `contracts.MESSAGES` as one msgpack map."""
     name = type(message).__name__
     assert _CLASSES.get(name) is type(message), f"{name} is not a message"
-    fields = {f.name: getattr(message, f.name) for f in dataclasses.fields(message)}
+    fields = {field: getattr(message, field) for field in _FIELDS[type(message)]}
     return msgspec.msgpack.encode({"type": name, **fields})
 
 
@@ -81,14 +82,14 @@ def parse_spec(document: bytes) -> BridgeSpec:
 
 
 def _convert(fields: dict[str, Any], cls: type) -> Any:
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = _FIELDS[cls]
     # The version first: a message of another version may not fit the dataclass for that very reason.
     if "schema_version" in known and fields.get("schema_version") != SCHEMA_VERSION:
         raise WireError(
             f"{cls.__name__} has schema version {fields.get('schema_version')!r}, this side speaks {SCHEMA_VERSION}: "
             "install the same version of feature_bridge in the trainer's and the bridge's environment"
         )
-    if unknown := sorted(fields.keys() - known):
+    if unknown := sorted(fields.keys() - set(known)):
         raise WireError(f"{cls.__name__} has no field {unknown[0]!r}: trainer and bridge are of different versions")
     try:
         return msgspec.convert(fields, cls)

@@ -261,12 +261,21 @@ class Worker:
         layers = extend(self.target, [sample for sample, _ in used])
         for span, part in _runs([span for _, span in used]):
             torch.cat([states[part] for states in layers], dim=-1, out=features[span])
-        faults = find_faults(self.target, features_skh, [span for _, span in used])
+        spans = [span for _, span in used]
+        check = start_check(features_skh, spans)
+        good, skipped = [sample.position for sample, _ in used], [sample.skip for sample in samples if sample.skip]
+        filled = FilledRow(row_id=row.row_id, num_tokens=num_tokens, samples=tuple(good), skipped=tuple(skipped))
+        if staged:
+            out["features"].copy_(features.chunk(parts)[place])
+        if passed(check):  # waits for the GPU; from here on every microsecond is the trainer's
+            return filled
+
+        faults = find_faults(self.target, features_skh, spans)
         if len(used) > 1 and all(faults):
             names = _names([sample for sample, _ in used])
             raise ValueError(f"samples {names}: {faults[0]}; no sample of this row can be used")
 
-        good, skipped = [], [sample.skip for sample in samples if sample.skip is not None]
+        good = []
         for (sample, span), fault in zip(used, faults, strict=True):
             if fault is None:
                 good.append(sample.position)
@@ -276,7 +285,7 @@ class Worker:
                 skipped.append(Skip(where=sample.where, reason=f"sample {sample.sample_id}: {fault}"))
         if staged:
             out["features"].copy_(features.chunk(parts)[place])
-        return FilledRow(row_id=row.row_id, num_tokens=num_tokens, samples=tuple(good), skipped=tuple(skipped))
+        return replace(filled, samples=tuple(good), skipped=tuple(skipped))
 
 
 def extend(target: Target, samples: Sequence[Prepared]) -> tuple[Float[Tensor, "T H"], ...]:
@@ -299,25 +308,33 @@ def extend(target: Target, samples: Sequence[Prepared]) -> tuple[Float[Tensor, "
     return layers
 
 
-def find_faults(target: Target, features: Float[Tensor, "S K H"], spans: Sequence[slice]) -> list[str | None]:
-    """What is wrong with the features of each span: not finite, or all zero for a token of a layer.
-
-    Two numbers go from the GPU to the host where nothing is wrong.
-    """
+def start_check(features: Float[Tensor, "S K H"], spans: Sequence[slice]) -> list[Tensor]:
+    """Smallest and largest peak of a token in a layer, for each run of spans (one, as a rule); nobody waits yet."""
     if not spans:
         return []
-    peak_sk = torch.linalg.vector_norm(features, torch.inf, dim=-1)
-    runs = [torch.stack(torch.aminmax(peak_sk[run])).tolist() for run, _ in _runs(spans)]  # one, as a rule
-    if all(low > 0 and high < torch.inf for low, high in runs):  # NaN is neither
-        return [None] * len(spans)
+    peak_sk = _peaks(features)
+    return [torch.stack(torch.aminmax(peak_sk[run])) for run, _ in _runs(spans)]
+
+
+def passed(check: Sequence[Tensor]) -> bool:
+    """Whether no token's features of a layer are all zero, and all of them are finite."""
+    return all(low > 0 and high < torch.inf for low, high in (peaks.tolist() for peaks in check))  # NaN is neither
+
+
+def find_faults(target: Target, features: Float[Tensor, "S K H"], spans: Sequence[slice]) -> list[str | None]:
+    """What is wrong with the features of each span: not finite, or all zero for a token of a layer."""
     faults: list[str | None] = []
-    peak_sk = peak_sk.cpu()
+    peak_sk = _peaks(features).cpu()
     for span in spans:
         peak = peak_sk[span]
         wrong, what = (~peak.isfinite(), "NaN or infinite") if not peak.isfinite().all() else (peak == 0, "all zero")
         at = [l for l, column in zip(target.layer_ids, wrong.unbind(1), strict=True) if column.any()]
         faults.append(f"{what} features of layers {at} from {target.info.backend}" if at else None)
     return faults
+
+
+def _peaks(features: Float[Tensor, "S K H"]) -> Float[Tensor, "S K"]:
+    return torch.linalg.vector_norm(features, torch.inf, dim=-1)
 
 
 def _pinned(tensor: Tensor | None) -> Tensor | None:

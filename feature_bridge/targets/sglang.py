@@ -8,6 +8,7 @@ What differs between releases is in `sglang_versions`, and how pictures and vide
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
@@ -91,8 +92,8 @@ class SGLangTarget:
             capture=capture if capture is not None else "layer_output",
             stand_ins=stand_ins,
         )
-        if getattr(self.config, "vision_config", None) is not None:
-            visuals.run_one_by_one(self._model)
+        has_tower = getattr(self.config, "vision_config", None) is not None
+        self._towers = visuals.install_towers(self._model) if has_tower else {}
         self._seen: dict[str, Any] = {}
         for module in self._model.modules():
             if type(module).__name__ == "LogitsProcessor":
@@ -146,9 +147,16 @@ class SGLangTarget:
         num_tokens = sum(len(request.tokens) for request in requests)
         filler = min(-num_tokens % self.tokens_multiple, self.max_tokens - num_tokens)
         extra = [Request(tokens=np.zeros(filler, np.int32))] if filler > 0 else []
-        reqs = [self._req(i, request) for i, request in enumerate([*requests, *extra])]
+        prepared = [self.prepare(request) for request in [*requests, *extra]]
+        company = visuals.company_of([request.prepared for request in prepared])
+        reqs = [self._req(i, request, company) for i, request in enumerate(prepared)]
+        items = [item for req in reqs if req.multimodal_inputs for item in req.multimodal_inputs.mm_items]
         try:
-            self._runner.forward(versions.forward_batch(reqs, self._runner, self._tree_cache))
+            with contextlib.ExitStack() as stack:
+                for kind, tower in self._towers.items():
+                    own = [item for item in items if item.modality.name == kind.upper()]
+                    stack.enter_context(tower.extending(own))
+                self._runner.forward(versions.forward_batch(reqs, self._runner, self._tree_cache))
             captured = self._seen.pop("aux_hidden_states")
             hidden = self._seen.pop("hidden_states")
         finally:
@@ -166,12 +174,11 @@ class SGLangTarget:
         names = ("input_ids", "hidden_states", "lm_head", "logits_metadata", "aux_hidden_states")
         self._seen.update(dict(zip(names, args, strict=False)) | kwargs)
 
-    def _req(self, number: int, request: Request) -> Any:
+    def _req(self, number: int, request: Request, company: int) -> Any:
         from sglang.srt.managers.schedule_batch import Req
         from sglang.srt.sampling.sampling_params import SamplingParams
 
-        request = self.prepare(request)
-        ids, multimodal_inputs = visuals.sglang_inputs(request, request.prepared, self.config)
+        ids, multimodal_inputs = visuals.sglang_inputs(request, request.prepared, company, self.config)
         req = Req(
             rid=str(number),
             origin_input_text="",

@@ -1,13 +1,16 @@
 """Pictures and videos of a request as SGLang's multimodal items, and every token's M-RoPE position.
 
-Each picture or video is one item, hashed by kind, pixels and grid: so SGLang's cache of embeddings is kept from row to
-row and never gives one picture's embedding to another.
+Each picture or video is one item, hashed by kind, pixels and grid: so SGLang's cache of embeddings never gives one
+picture's embedding to another. All pictures of an extend go through the vision tower in one run (`Tower`), for its
+launches take longer than its work. A picture's embedding then depends in its last bits on its company, so that is in
+the hash too, and an extend's features are a function of its requests alone, whatever the cache holds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,10 +73,16 @@ def find(request: Request, config: Any, max_tokens: int) -> Visuals:
     return Visuals(items, positions.squeeze(1), delta)
 
 
-def sglang_inputs(request: Request, visuals: Visuals, config: Any) -> tuple[list[int], Any]:
+def company_of(extend: Sequence[Visuals]) -> int:
+    """64 bits that tell an extend's pictures and videos, in their order, from others."""
+    hashes = [visual.hash for visuals in extend for visual in visuals.items]
+    return int.from_bytes(hashlib.blake2b(repr(hashes).encode(), digest_size=8).digest(), "little")
+
+
+def sglang_inputs(request: Request, visuals: Visuals, company: int, config: Any) -> tuple[list[int], Any]:
     """SGLang's ids, with every placeholder replaced by its item's pad value, and its multimodal inputs (None: none).
 
-    Made anew for every extend, since SGLang writes into them.
+    Made anew for every extend, since SGLang writes into them. `company` is `company_of` that extend.
     """
     from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
 
@@ -84,7 +93,7 @@ def sglang_inputs(request: Request, visuals: Visuals, config: Any) -> tuple[list
         offsets = [(start, end - 1) for start, end in visual.spans]  # SGLang's ends are inside
         item = MultimodalDataItem(modality=Modality[visual.kind.upper()], feature=visual.patches, offsets=offsets)
         item.set(f"{visual.kind}_grid_thw", torch.tensor([visual.grid]))
-        item.hash = visual.hash
+        item.hash = visual.hash ^ company
         item.set_pad_value()
         for start, end in visual.spans:
             ids[start:end] = [item.pad_value] * (end - start)
@@ -111,19 +120,52 @@ def content_hash(kind: Kind, pixels: Float[Tensor, "patches patch_dim"], grid: S
     return int.from_bytes(digest.digest(), "little")
 
 
-def run_one_by_one(model: Any) -> None:
-    """Make the model run its vision tower once per picture or video.
+class Tower:
+    """A model's `get_image_feature` or `get_video_feature`: one run for all that an extend has of a kind.
 
-    Run over several, a picture's embedding depends in its last bits on which others are with it, so a row's features
-    would depend on what the cache of embeddings holds: a run that was resumed would differ from one that was not.
+    Used as a context manager around the extend, which asks for each request's items in turn.
     """
-    for name in ("get_image_feature", "get_video_feature"):
+
+    def __init__(self, get_feature: Callable[[list[Any]], Tensor]):
+        self._get_feature = get_feature
+        # By hash: a picture that is there twice runs once.
+        self._items: dict[int, Any] = {}
+        self._pixels: dict[int, Tensor] = {}  # on the host
+        self._embeddings: dict[int, Tensor] = {}
+
+    @contextlib.contextmanager
+    def extending(self, items: Sequence[Any]) -> Iterator[None]:
+        self._items = {item.hash: item for item in items}
+        self._pixels = {item.hash: item.feature for item in items}
+        try:
+            yield
+        finally:
+            self._items, self._pixels, self._embeddings = {}, {}, {}
+
+    def __call__(self, asked: list[Any]) -> Float[Tensor, "tokens width"]:
+        if not self._embeddings:
+            items = list(self._items.values())
+            device = asked[0].feature.device  # the model's: SGLang has moved these
+            for item in items:
+                item.feature = item.feature.to(device, non_blocking=True)
+            lengths = [sum(last + 1 - first for first, last in item.offsets) for item in items]
+            embeddings = self._get_feature(items)
+            parts = embeddings.reshape(-1, embeddings.shape[-1]).split(lengths)
+            self._embeddings = dict(zip(self._items, parts, strict=True))
+        for item in asked:  # or SGLang would copy them back to the host, and wait
+            item.feature = self._pixels[item.hash]
+        return join([self._embeddings[item.hash] for item in asked])
+
+
+def install_towers(model: Any) -> dict[str, Tower]:
+    """Puts a `Tower` in the place of the model's own functions; by kind."""
+    towers = {}
+    for kind in ("image", "video"):
+        name = f"get_{kind}_feature"
         if hasattr(model, name):
-            setattr(model, name, _one_by_one(getattr(model, name)))
-
-
-def _one_by_one(get_feature: Any) -> Any:
-    return lambda items: join([get_feature([item]) for item in items])
+            towers[kind] = Tower(getattr(model, name))
+            setattr(model, name, towers[kind])
+    return towers
 
 
 def _split(

@@ -58,7 +58,7 @@ def main(path: str, layer_ids: str, dtype: str, out: str) -> None:
     ids = tuple(int(l) for l in layer_ids.split(","))
     target: Any = load_target(spec_of(path, ids, backend="sglang", dtype=dtype))
     config, width = target.config, target.info.hidden_size
-    tensors, messages = {}, {}
+    tensors, messages, tower_runs = {}, {}, {}
 
     named = target_requests.batches(config)
     for name, requests in named.items():
@@ -80,11 +80,17 @@ def main(path: str, layer_ids: str, dtype: str, out: str) -> None:
     if getattr(config, "vision_config", None) is not None:
         grids = [[(1, 16, 20)], [(1, 8, 4)], [(1, 4, 4), (1, 10, 6)], [(1, 2, 2)]]
         row = [target_requests.pictures(config, some, seed) for seed, some in enumerate(grids)]
+        tower = target._towers["image"]
+        get_feature = tower._get_feature
         for cache, before in (("cold", []), ("warm", [row[1]])):
+            runs: list[int] = []
+            tower_runs[cache] = runs
+            tower._get_feature = lambda items, runs=runs: runs.append(len(items)) or get_feature(items)
             versions.start_embedding_cache(64 << 20)
             if before:
                 target.extend(before)
             tensors[f"{cache} cache/features"] = target.extend(row).features
+        tower._get_feature = get_feature
         ahead = [target.prepare(request) for request in row]
         with unittest.mock.patch.object(sglang_visuals, "find", side_effect=AssertionError("computed again")):
             for _ in range(2):  # SGLang writes into what it is given
@@ -106,7 +112,7 @@ def main(path: str, layer_ids: str, dtype: str, out: str) -> None:
     messages["unknown argument"] = message(lambda: versions.server_args({}, {"max_total_tokns": 1}))
     tensors["after errors/features"] = target.extend(named["texts"]).features
 
-    facts = {"info": vars(target.info), "setter": target.setter, "messages": messages}
+    facts = {"info": vars(target.info), "setter": target.setter, "messages": messages, "tower runs": tower_runs}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out, {"facts": json.dumps(facts)})
 
 

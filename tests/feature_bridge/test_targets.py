@@ -173,8 +173,10 @@ def test_the_same_extend_gives_the_same_bits(run, captures):
 
 @pytest.mark.parametrize("run", VLM_RUNS)
 def test_cached_embeddings_change_no_bit(run, captures):
-    """They would if the vision tower ran over the pictures of a row together."""
-    tensors = captures[run].result().tensors
+    """They would if one were kept without its company: the pictures of an extend go through the tower together."""
+    captured = captures[run].result()
+    tensors = captured.tensors
+    assert captured.facts["tower runs"] == {"cold": [5], "warm": [1, 5]}, "pictures of each run"
     assert torch.equal(tensors["cold cache/features"], tensors["warm cache/features"])
 
 
