@@ -100,6 +100,7 @@ class Client:
             link.connection.take_fd,
         )
         self._weights = MappedWeights(self._start_message(SharedWeights, deadline))
+        link.connection.spin = spec.transport == "cuda_ipc"  # from now on answers come by the tenth of a second
 
     @property
     def pid(self) -> int:

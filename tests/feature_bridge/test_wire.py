@@ -93,9 +93,10 @@ EXAMPLES = (
 )
 
 
-@pytest.fixture
-def pair():
+@pytest.fixture(params=["sleeping", "spinning"])
+def pair(request):
     left, right = map(wire.Connection, socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM))
+    left.spin = right.spin = request.param == "spinning"
     yield left, right
     left.close()
     right.close()
