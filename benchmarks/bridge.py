@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="logs and models; default: a new temporary folder")
     parser.add_argument("--families", default=",".join(FAMILIES), help="of the parity part")
     parser.add_argument("--sizes", default="tiny,full", help="of the parity part")
-    parser.add_argument("--dtypes", default="bfloat16,float32", help="of the parity part")
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="of the parity part; there is fp8, too")
     parser.add_argument("--workers", type=int, default=0, help="parity processes at a time; default 1 quick, else 6")
     parser.add_argument("--bridge-python", default=sys.executable, help="of the environment with torch and SGLang")
     parser.add_argument("--bridge-python-pinned", default=None, help="the same with the transformers that SGLang pins")

@@ -1,10 +1,11 @@
-"""Features of random models: SGLang's against transformers', in bf16 and float32, text and image tokens apart.
+"""Features of random models: SGLang's against transformers', text and image tokens apart.
 
     python -m benchmarks.bridge_parity reference FAMILY SIZE DIR     weights, and transformers' features in both dtypes
     python -m benchmarks.bridge_parity capture FAMILY SIZE DIR DTYPE   SGLang's features against them
 
 Each command is a process of its own: SGLang keeps its state in globals. The weights are random, made on the device and
-representable in bf16, so that both dtypes share them. `full` has the widths of the published model and few layers.
+representable in bf16, so that all dtypes share them. `full` has the widths of the published model and few layers.
+DTYPE: float32, bfloat16, or fp8, where SGLang rounds a bfloat16 model's weights to 8 bits when it loads them.
 """
 
 from __future__ import annotations
@@ -127,7 +128,9 @@ def make_requests(config: Any) -> list[Request]:
 
 
 def spec_of(directory: Path, dtype: str) -> TargetSpec:
-    return TargetSpec(path=str(directory), layer_ids=LAYER_IDS, backend="sglang", dtype=dtype)
+    quantised = {"quantization": "fp8"} if dtype == "fp8" else {}
+    dtype = "bfloat16" if quantised else dtype
+    return TargetSpec(path=str(directory), layer_ids=LAYER_IDS, backend="sglang", dtype=dtype, sglang_args=quantised)
 
 
 def reference(family: str, size: str, root: Path) -> None:
@@ -155,6 +158,7 @@ def capture(family: str, size: str, root: Path, dtype: str) -> None:
     target: Any = load_target(spec)
     requests = make_requests(target.config)
     got = target.extend(requests).features.cpu()
+    assert got.dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)
     wanted = torch.load(root / f"{family}-{size}.pt")
     image = torch.from_numpy(np.concatenate([request.tokens for request in requests]) == IMAGE)
     result = {"family": family, "size": size, "dtype": dtype, "backend": target.info.backend, "setter": target.setter}
