@@ -4,8 +4,9 @@ Three kernels (the forward here, two of the backward in block_attention_mosaic_v
 queries of a tile can see: blocks are in the order of their anchors, so these are few, and most of them are seen whole
 and need no mask. The work grows with the length of the intervals, not with context times queries.
 
-Compute: two warpgroups, each 64 queries (or keys) wide, that take turns at the tensor cores; a third one moves tiles to
-shared memory, `stages` ahead. Sources: FlashAttention 2 and 3 (arXiv 2307.08691, 2407.08608).
+Compute: two warpgroups, each 64 queries (or keys) wide, that share the tensor cores; a third one moves tiles to shared
+memory, `stages` ahead, across the border from one tile of queries to the next. Sources: FlashAttention 2 and 3
+(arXiv 2307.08691, 2407.08608).
 
 Dim suffixes: r rows, n blocks, b slots, t queries (n·b, padded), u keys, q query heads, k key/value heads, d head_dim.
 """
@@ -21,22 +22,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdraft.ops.block_attention_mosaic_vjp import backward_kv, backward_q
-from jaxdraft.ops.block_attention_tiles import HALF, TILE, key_lists, query_tiles
+from jaxdraft.ops.block_attention_tiles import HALF, PLAN, TILE, key_lists, query_tiles
 from jaxdraft.ops.mosaic_common import (
     LOG2E,
     ROW,
     Options,
+    Ring,
     Tuning,
-    add_product,
     call,
-    copy_to,
-    load_pipeline,
-    load_vectors,
-    mask,
-    smem,
+    free_stored,
+    inside,
+    multiply_add,
+    set_accumulator,
     spread,
     staging_for,
-    tile_reader,
+    vector,
+    visit_tiles,
 )
 
 _LOW = -1e30  # a running maximum before any key; finite, so that differences are never NaN
@@ -47,9 +48,9 @@ def attend(
     q, k_context, v_context, k_block, v_block, start, end, valid, *, causal, scale, tuning=None, interpret=False
 ):
     """`block_attention` on the kernels; bfloat16 or float16, head_dim a multiple of 64. start [r, n, b], end [r, n]."""
-    lists, plan = key_lists(q, k_context, v_context, k_block, v_block, start, end, valid, causal)
+    lists, intervals = key_lists(q, k_context, v_context, k_block, v_block, start, end, valid, causal)
     options = Options(scale=scale, tuning=tuning or Tuning(), interpret=interpret)
-    out = _attention(*lists, plan, options)
+    out = _attention(*lists, intervals, options)
     return out[:, : q.shape[1] * q.shape[2]].reshape(q.shape)
 
 
@@ -65,9 +66,9 @@ def _attention_forward(q, k, v, intervals, options):
 
 def _attention_backward(options, residuals, d_out):
     q, k, v, intervals, out, lse = residuals
-    delta = jnp.einsum("rtqd,rtqd->rqt", out, d_out, preferred_element_type=jnp.float32)
-    args = (q, k, v, d_out.astype(q.dtype), lse, delta, intervals)
-    return backward_q(*args, options), *backward_kv(*args, options), None
+    d_out = d_out.astype(q.dtype)
+    dq, delta = backward_q(q, k, v, d_out, out, lse, intervals, options)
+    return dq, *backward_kv(q, k, v, d_out, lse, delta, intervals, options), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -76,101 +77,167 @@ _attention.defvjp(_attention_forward, _attention_backward)
 def _forward(q, k, v, intervals, options):
     """(out like q, lse [r, q, t] float32 in base 2; +inf for a query without keys)."""
     (r, t, heads, d), kv_heads = q.shape, k.shape[2]
-    group, keys, stages = heads // kv_heads, options.tuning.forward_keys, options.tuning.forward_stages
-    factor = options.scale * LOG2E
-    shape = (HALF, keys)
+    tuning, factor = options.tuning, options.scale * LOG2E
 
-    def body(
-        q_ref, k_ref, v_ref, intervals_ref, table_ref, out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem, *barriers
-    ):
-        q_full, k_full, v_full, k_free, v_free, turn, *staging = barriers
-        row, head, wg = (lax.axis_index(x) for x in ("rows", "heads", "wg"))
-        tile = t // TILE - 1 - lax.axis_index("tiles")  # the longest intervals first
-        reader = _, steps, key_tile, _ = tile_reader(table_ref, row, tile)
+    def body(q_ref, k_ref, v_ref, intervals_ref, plan_ref, out_ref, lse_ref, queries, k_ring, v_ring, *scratch):
+        bounds_smem, plan_smem, lse_smem, *staging = scratch
+        wg = lax.axis_index("wg")
+        walk = functools.partial(visit_tiles, r, t // TILE, heads)
+
+        def compute(index, row, tile, head, done):
+            slot = queries.slot(index)
+            queries.wait(index)
+            plan = plan_smem.at[slot]
+            context, num_context, block, num_block = (plan[i] for i in range(4))
+            own, own_end, whole, whole_end = (plan[6 + 6 * wg + i] for i in range(4))
+            q_tile, bounds = queries.tiles.at[slot, wg], bounds_smem.at[slot, wg]
+
+            def seen(s, key_base, interval):
+                lo, hi = (vector(bounds.at[2 * interval + i], ROW) for i in range(2))
+                return jnp.where(inside(s.shape, key_base, lo, hi, keys_axis=1), s, -jnp.inf)
+
+            def softmax(s, peak, total):
+                new_peak = jnp.maximum(peak, jnp.max(s, axis=1) * factor)
+                shrink = jnp.exp2(peak - new_peak)
+                p = jnp.exp2(s * factor - spread(new_peak, s.shape, 0))
+                return p, shrink, new_peak, total * shrink + jnp.sum(p, axis=1)
+
+            def scores(k_tile):
+                def product(s_acc):
+                    plgpu.wgmma(s_acc, q_tile, k_tile.T)
+                    return s_acc[...]
+
+                return pl.run_scoped(product, plgpu.ACC((HALF, k_tile.shape[0]), jnp.float32))
+
+            def attend(acc_ref):
+                def fade(shrink, wait=None):
+                    acc = plgpu.wgmma_accumulator_load(acc_ref, wait_n=wait)
+                    set_accumulator(acc_ref, acc * spread(shrink, acc.shape, 0), options)
+
+                def own_block(i, carry):
+                    n = done + i
+                    k_ring.wait(n)
+                    v_ring.wait(n)
+                    halves = 2 * (block + i)  # the tile's keys in units of 64
+
+                    def half(h, carry):
+                        keys = pl.ds(pl.multiple_of((h - halves) * HALF, HALF), HALF)
+                        s = seen(scores(k_ring.tiles.at[k_ring.slot(n), keys]), h * HALF, 1)
+                        p, shrink, *carry = softmax(s, *carry)
+                        fade(shrink)
+                        multiply_add(acc_ref, p.astype(v.dtype), v_ring.tiles.at[v_ring.slot(n), keys], staging)
+                        plgpu.wgmma_wait(0)
+                        return tuple(carry)
+
+                    carry = lax.fori_loop(jnp.maximum(own, halves), jnp.minimum(own_end, halves + 2), half, carry)
+                    k_ring.release(n)
+                    v_ring.release(n)
+                    return carry
+
+                def masked(s, i):
+                    whole_tile = (context + i >= whole) & (context + i < whole_end)
+                    return lax.cond(whole_tile, lambda: s, lambda: seen(s, (context + i) * TILE, 0))
+
+                def interval(peak, total):
+                    """The context: scores of tile i beside the output of tile i - 1, the softmax beside the latter."""
+                    first = done + num_block
+                    k_ring.wait(first)
+                    s = scores(k_ring.tile(first))
+                    k_ring.release(first)
+                    p, shrink, peak, total = softmax(masked(s, 0), peak, total)
+                    fade(shrink)
+                    v_ring.wait(first)
+
+                    def step(i, carry):
+                        p, peak, total = carry
+                        n = first + i
+                        k_ring.wait(n)
+
+                        def products(s_acc):
+                            plgpu.wgmma(s_acc, q_tile, k_ring.tile(n).T)
+                            multiply_add(acc_ref, p, v_ring.tile(n - 1), staging)
+                            s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                            k_ring.release(n)
+                            new_p, shrink, *new = lax.optimization_barrier(softmax(masked(s, i), peak, total))
+                            v_ring.wait(n)  # here, because the compiler moves no wait for a product across it
+                            fade(shrink, wait=0)
+                            v_ring.release(n - 1)
+                            # Rounded only now: registers of a running product's operands must not be written.
+                            return lax.optimization_barrier(new_p).astype(v.dtype), *new
+
+                        return pl.run_scoped(products, plgpu.ACC((HALF, TILE), jnp.float32))
+
+                    carry = p.astype(v.dtype), peak, total
+                    p, peak, total = lax.fori_loop(jnp.int32(1), num_context, step, carry)
+                    last = first + num_context - 1
+                    multiply_add(acc_ref, p, v_ring.tile(last), staging)
+                    plgpu.wgmma_wait(0)
+                    v_ring.release(last)
+                    return peak, total
+
+                nothing = jnp.full((HALF,), _LOW, jnp.float32), jnp.zeros((HALF,), jnp.float32)
+                carry = tuple(plgpu.layout_cast(x, ROW) for x in nothing)
+                carry = lax.fori_loop(jnp.int32(0), num_block, own_block, carry)
+                free_stored(queries, index)
+                carry = lax.cond(num_context > 0, interval, lambda *x: x, *carry)
+                return acc_ref[...], *carry
+
+            acc, peak, total = pl.run_scoped(attend, plgpu.ACC((HALF, d), jnp.float32))
+            found = total > 0.0
+            safe = jnp.where(found, total, 1.0)
+            q_tile[...] = (acc * spread(1.0 / safe, acc.shape, 0)).astype(q.dtype)
+            lse_smem.at[wg][...] = jnp.where(found, peak + jnp.log(safe) * LOG2E, jnp.inf)
+            plgpu.commit_smem()
+            rows = pl.ds(tile * TILE + wg * HALF, HALF)
+            plgpu.copy_smem_to_gmem(q_tile, out_ref.at[row, rows, head])
+            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[row, head, rows])
+            return done + num_block + num_context
 
         @pl.when(wg < 2)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
-            queries = pl.ds(tile * TILE + wg * HALF, HALF)
-            q_tile = q_smem.at[wg]
-            plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_tile, q_full.at[wg])
-            ranges = load_vectors([intervals_ref.at[row, i, queries] for i in range(4)], ROW)
-            plgpu.barrier_wait(q_full.at[wg])
+            count, _ = walk(compute)
+            free_stored(queries, count)
 
-            def take_turns():
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(turn)
+        def load(index, row, tile, head, done):
+            context, num_context, block, num_block = (plan_ref[row, tile, i] for i in range(4))
+            slot, full = queries.slot(index), queries.reserve(index)
+            plgpu.copy_gmem_to_smem(plan_ref.at[row, tile], plan_smem.at[slot], full)
+            for half in range(2):
+                rows = pl.ds(tile * TILE + half * HALF, HALF)
+                plgpu.copy_gmem_to_smem(q_ref.at[row, rows, head], queries.tiles.at[slot, half], full)
+                for i in range(4):
+                    plgpu.copy_gmem_to_smem(intervals_ref.at[row, i, rows], bounds_smem.at[slot, half, i], full)
 
-            pl.when(wg == 1)(take_turns)
+            @pl.loop(0, num_block + num_context)
+            def _step(i):
+                at = jnp.where(i < num_block, block + i, context + i - num_block)
+                keys, kv_head = pl.ds(at * TILE, TILE), lax.div(head, jnp.int32(heads // kv_heads))
+                k_ring.fill(done + i, k_ref.at[row, keys, kv_head])
+                v_ring.fill(done + i, v_ref.at[row, keys, kv_head])
 
-            def step(i, carry):
-                acc, peak, total = carry
-                slot = lax.rem(i, jnp.int32(stages))
-                plgpu.barrier_wait(k_full.at[slot])
-
-                def scores(acc_ref):
-                    plgpu.wgmma(acc_ref, q_tile, k_smem.at[slot].T)
-                    take_turns()
-                    return acc_ref[...]
-
-                s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
-                plgpu.barrier_arrive(k_free.at[slot])
-
-                s = mask(s, -jnp.inf, i, reader, keys, ranges)
-                new_peak = jnp.maximum(peak, jnp.max(s, axis=1) * factor)
-                shrink = jnp.exp2(peak - new_peak)
-                p = jnp.exp2(s * factor - spread(new_peak, shape, 0))
-                total = total * shrink + jnp.sum(p, axis=1)
-                acc = acc * spread(shrink, acc.shape, 0)
-                p = p.astype(v.dtype)
-                acc, total, new_peak, p = lax.optimization_barrier((acc, total, new_peak, p))
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(v_full.at[slot])
-                plgpu.barrier_wait(turn)
-                acc = add_product(acc, p, v_smem.at[slot], staging)
-                plgpu.barrier_arrive(v_free.at[slot])
-                return acc, new_peak, total
-
-            peak = plgpu.layout_cast(jnp.full((HALF,), _LOW, jnp.float32), ROW)
-            total = plgpu.layout_cast(jnp.zeros((HALF,), jnp.float32), ROW)
-            acc = plgpu.layout_cast(jnp.zeros((HALF, d), jnp.float32), plgpu.Layout.WGMMA)
-            acc, peak, total = lax.fori_loop(0, steps, step, (acc, peak, total))
-            pl.when(wg == 0)(take_turns)
-
-            seen = total > 0.0
-            safe = jnp.where(seen, total, 1.0)
-            q_tile[...] = (acc * spread(1.0 / safe, acc.shape, 0)).astype(q.dtype)
-            lse_smem.at[wg][...] = jnp.where(seen, peak + jnp.log(safe) * LOG2E, jnp.inf)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_tile, out_ref.at[row, queries, head])
-            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[row, head, queries])
-            plgpu.wait_smem_to_gmem(0)
+            return done + num_block + num_context
 
         @pl.when(wg == 2)
         def _load():
-            def source(ref):
-                return lambda i: ref.at[row, pl.ds(key_tile(i) * keys, keys), lax.div(head, jnp.int32(group))]
+            plgpu.set_max_registers(24, action="decrease")
+            count, done = walk(load)
+            queries.drain(count)
+            k_ring.drain(done)
+            v_ring.drain(done)
 
-            copies = [copy_to(k_smem, source(k_ref), k_free), copy_to(v_smem, source(v_ref), v_free)]
-            load_pipeline(steps, stages, copies, [k_full, v_full])
-
-    barrier = functools.partial(plgpu.Barrier, num_barriers=stages)
     return call(
         body,
         out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((r, heads, t), jnp.float32)],
         scratch=[
-            smem(2, HALF, d, dtype=q.dtype),
-            smem(stages, keys, d, dtype=k.dtype),
-            smem(stages, keys, d, dtype=v.dtype),
+            Ring.scratch(2, 2, HALF, d, dtype=q.dtype, copies=11),
+            Ring.scratch(tuning.forward_stages, TILE, d, dtype=k.dtype),
+            Ring.scratch(tuning.forward_stages, TILE, d, dtype=v.dtype),
+            plgpu.SMEM((2, 2, 4, HALF), jnp.int32),
+            plgpu.SMEM((2, PLAN), jnp.int32),
             plgpu.SMEM((2, HALF), jnp.float32),
-            plgpu.Barrier(num_barriers=2),
-            barrier(),
-            barrier(),
-            barrier(num_arrivals=2),
-            barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
-            *staging_for(keys, q.dtype, options),
+            *staging_for(TILE, q.dtype, options),
         ],
-        grid=(r, t // TILE, heads),
+        grid={"blocks": min(tuning.thread_blocks, r * (t // TILE) * heads)},
         options=options,
-    )(q, k, v, intervals, query_tiles(intervals, keys))
+    )(q, k, v, intervals, query_tiles(intervals, TILE))

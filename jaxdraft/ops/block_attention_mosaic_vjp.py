@@ -13,231 +13,299 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxdraft.ops.block_attention_tiles import HALF, TILE, key_tiles, query_tiles
+from jaxdraft.ops.block_attention_tiles import HALF, PLAN, TILE, key_tiles, query_tiles
 from jaxdraft.ops.mosaic_common import (
     COL,
     LOG2E,
     ROW,
+    Ring,
     call,
-    copy_to,
+    free_stored,
     inside,
-    load_pipeline,
-    load_vectors,
-    mask,
     multiply_add,
+    set_accumulator,
     smem,
     spread,
     staging_for,
-    tile_reader,
+    vector,
+    visit_tiles,
 )
 
+_SQUARE = (HALF, HALF)
 
-def backward_q(q, k, v, d_out, lse, delta, intervals, options):
-    """The queries' gradient, like q."""
+
+def backward_q(q, k, v, d_out, out, lse, intervals, options):
+    """(the queries' gradient, like q, delta = sum(out·d_out), float32 like lse)."""
     (r, t, heads, d), kv_heads = q.shape, k.shape[2]
-    group, keys, stages = heads // kv_heads, options.tuning.dq_keys, options.tuning.dq_stages
-    factor = options.scale * LOG2E
-    shape = (HALF, keys)
+    tuning, factor = options.tuning, options.scale * LOG2E
 
-    def body(q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, intervals_ref, table_ref, dq_ref, *scratch):
-        q_smem, d_out_smem, k_smem, v_smem, q_full, kv_full, k_free, v_free, *staging = scratch
-        row, head, wg = (lax.axis_index(x) for x in ("rows", "heads", "wg"))
-        tile = t // TILE - 1 - lax.axis_index("tiles")
-        reader = _, steps, key_tile, _ = tile_reader(table_ref, row, tile)
+    def body(q_ref, k_ref, v_ref, d_out_ref, out_ref, lse_ref, intervals_ref, plan_ref, dq_ref, delta_ref, *scratch):
+        queries, d_out_smem, k_ring, v_ring, bounds_smem, lse_smem, delta_smem, plan_smem, *staging = scratch
+        wg = lax.axis_index("wg")
+        walk = functools.partial(visit_tiles, r, t // TILE, heads)
 
-        @pl.when(wg < 2)
-        def _compute():
-            plgpu.set_max_registers(240, action="increase")
-            queries = pl.ds(tile * TILE + wg * HALF, HALF)
-            q_tile, d_out_tile = q_smem.at[wg], d_out_smem.at[wg]
-            plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_tile, q_full.at[wg])
-            plgpu.copy_gmem_to_smem(d_out_ref.at[row, queries, head], d_out_tile, q_full.at[wg])
-            ranges = load_vectors([intervals_ref.at[row, i, queries] for i in range(4)], ROW)
-            lse, delta = load_vectors([x.at[row, head, queries] for x in (lse_ref, delta_ref)], ROW)
-            plgpu.barrier_wait(q_full.at[wg])
+        def compute(index, row, tile, head, done):
+            slot = queries.slot(index)
+            queries.wait(index)
+            plan = plan_smem.at[slot]
+            context, num_context, block, num_block = (plan[i] for i in range(4))
+            near, near_end, own, own_end, whole, whole_end = (plan[4 + 6 * wg + i] for i in range(6))
+            q_tile, d_out_tile, bounds = queries.tiles.at[slot, wg], d_out_smem.at[slot, wg], bounds_smem.at[slot, wg]
+            rows = pl.ds(tile * TILE + wg * HALF, HALF)
+            lse = vector(lse_smem.at[slot, wg], ROW)
 
-            def accumulate(dq_acc):
-                @pl.loop(0, steps)
+            def row_sums():
+                """delta, from the forward's output, which came in the places of a key and a value tile."""
+                k_ring.wait(done)
+                v_ring.wait(done)
+
+                def dot(out):
+                    out, d_out = (plgpu.load(x, layout=plgpu.Layout.WGMMA) for x in (out, d_out_tile))
+                    return jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=1)
+
+                delta = lax.cond(wg == 0, lambda: dot(k_ring.tile(done)), lambda: dot(v_ring.tile(done)))
+                k_ring.release(done)
+                v_ring.release(done)
+                free_stored(queries, index)
+                delta_smem.at[wg][...] = delta
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(delta_smem.at[wg], delta_ref.at[row, head, rows])
+                return delta
+
+            delta = row_sums()
+
+            def walk_keys(dq_acc, begin, first, count, mine, mine_end, interval):
+                """Tiles first .. first + count of one interval; this warpgroup's queries see those from `mine` on."""
+                lo = jnp.clip(mine - first, 0, count)
+                hi = jnp.clip(mine_end - first, lo, count)
+
+                def skip(start, end):
+                    @pl.loop(start, end)
+                    def _skip(i):
+                        for ring in (k_ring, v_ring):
+                            ring.wait(begin + i)
+                            ring.release(begin + i)
+
+                skip(0, lo)
+
+                @pl.loop(lo, hi)
                 def _step(i):
-                    slot = lax.rem(i, jnp.int32(stages))
-                    plgpu.barrier_wait(kv_full.at[slot])
+                    n, key_base = begin + i, (first + i) * HALF
+                    k_ring.wait(n)
+                    v_ring.wait(n)
 
                     def products(s_acc, dp_acc):
-                        plgpu.wgmma(s_acc, q_tile, k_smem.at[slot].T)
-                        plgpu.wgmma(dp_acc, d_out_tile, v_smem.at[slot].T)
+                        set_accumulator(dp_acc, spread(-delta, _SQUARE, 0), options)
+                        plgpu.wgmma(s_acc, q_tile, k_ring.tile(n).T)
+                        plgpu.wgmma(dp_acc, d_out_tile, v_ring.tile(n).T)
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                        p = jnp.exp2(s * factor - spread(lse, shape, 0))
-                        return mask(p, 0.0, i, reader, keys, ranges), dp_acc[...]
+                        p = jnp.exp2(s * factor - spread(lse, _SQUARE, 0))
 
-                    acc = plgpu.ACC(shape, jnp.float32)
-                    p, dp = pl.run_scoped(products, acc, acc)
-                    plgpu.barrier_arrive(v_free.at[slot])
-                    ds = p * (dp - spread(delta, shape, 0))
-                    multiply_add(dq_acc, ds.astype(k.dtype), k_smem.at[slot], staging)
+                        def masked():
+                            lo, hi = (vector(bounds.at[2 * interval + i], ROW) for i in range(2))
+                            return jnp.where(inside(_SQUARE, key_base, lo, hi, keys_axis=1), p, 0.0)
+
+                        seen_whole = (interval == 0) & (first + i >= whole) & (first + i < whole_end)
+                        return lax.cond(seen_whole, lambda: p, masked), dp_acc[...]
+
+                    p, dp = pl.run_scoped(products, *[plgpu.ACC(_SQUARE, jnp.float32)] * 2)
+                    v_ring.release(n)
+                    multiply_add(dq_acc, (p * dp).astype(k.dtype), k_ring.tile(n), staging)
                     plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(k_free.at[slot])
+                    k_ring.release(n)
 
+                skip(hi, count)
+
+            def accumulate(dq_acc):
+                walk_keys(dq_acc, done + 1, context, num_context, near, near_end, 0)
+                walk_keys(dq_acc, done + 1 + num_context, block, num_block, own, own_end, 1)
                 return dq_acc[...]
 
             dq = pl.run_scoped(accumulate, plgpu.ACC((HALF, d), jnp.float32))
             q_tile[...] = (dq * options.scale).astype(q.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[row, queries, head])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[row, rows, head])
+            return done + 1 + num_context + num_block
+
+        @pl.when(wg < 2)
+        def _compute():
+            plgpu.set_max_registers(240, action="increase")
+            count, _ = walk(compute)
+            free_stored(queries, count)
+
+        def load(index, row, tile, head, done):
+            context, num_context, block, num_block = (plan_ref[row, tile, i] for i in range(4))
+            slot, full = queries.slot(index), queries.reserve(index)
+            plgpu.copy_gmem_to_smem(plan_ref.at[row, tile], plan_smem.at[slot], full)
+            for half, ring in enumerate((k_ring, v_ring)):
+                rows = pl.ds(tile * TILE + half * HALF, HALF)
+                plgpu.copy_gmem_to_smem(q_ref.at[row, rows, head], queries.tiles.at[slot, half], full)
+                plgpu.copy_gmem_to_smem(d_out_ref.at[row, rows, head], d_out_smem.at[slot, half], full)
+                plgpu.copy_gmem_to_smem(lse_ref.at[row, head, rows], lse_smem.at[slot, half], full)
+                for i in range(4):
+                    plgpu.copy_gmem_to_smem(intervals_ref.at[row, i, rows], bounds_smem.at[slot, half, i], full)
+                ring.fill(done, out_ref.at[row, rows, head])
+
+            @pl.loop(0, num_context + num_block)
+            def _step(i):
+                at = jnp.where(i < num_context, context + i, block + i - num_context)
+                keys, kv_head = pl.ds(at * HALF, HALF), lax.div(head, jnp.int32(heads // kv_heads))
+                k_ring.fill(done + 1 + i, k_ref.at[row, keys, kv_head])
+                v_ring.fill(done + 1 + i, v_ref.at[row, keys, kv_head])
+
+            return done + 1 + num_context + num_block
 
         @pl.when(wg == 2)
         def _load():
-            def source(ref):
-                return lambda i: ref.at[row, pl.ds(key_tile(i) * keys, keys), lax.div(head, jnp.int32(group))]
+            plgpu.set_max_registers(24, action="decrease")
+            count, done = walk(load)
+            queries.drain(count)
+            k_ring.drain(done)
+            v_ring.drain(done)
 
-            copies = [copy_to(k_smem, source(k_ref), k_free), copy_to(v_smem, source(v_ref), v_free)]
-            load_pipeline(steps, stages, copies, [kv_full, kv_full])
-
-    barrier = functools.partial(plgpu.Barrier, num_arrivals=2)
     return call(
         body,
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse.shape, jnp.float32)],
         scratch=[
-            smem(2, HALF, d, dtype=q.dtype),
-            smem(2, HALF, d, dtype=q.dtype),
-            smem(stages, keys, d, dtype=k.dtype),
-            smem(stages, keys, d, dtype=v.dtype),
-            barrier(num_barriers=2),
-            barrier(num_barriers=stages),
-            barrier(num_barriers=stages),
-            barrier(num_barriers=stages),
-            *staging_for(keys, q.dtype, options),
+            Ring.scratch(2, 2, HALF, d, dtype=q.dtype, copies=15),
+            smem(2, 2, HALF, d, dtype=q.dtype),
+            Ring.scratch(tuning.dq_key_stages, HALF, d, dtype=k.dtype),
+            Ring.scratch(tuning.dq_value_stages, HALF, d, dtype=v.dtype),
+            plgpu.SMEM((2, 2, 4, HALF), jnp.int32),
+            plgpu.SMEM((2, 2, HALF), jnp.float32),
+            plgpu.SMEM((2, HALF), jnp.float32),
+            plgpu.SMEM((2, PLAN), jnp.int32),
+            *staging_for(HALF, q.dtype, options),
         ],
-        grid=(r, t // TILE, heads),
+        grid={"blocks": min(tuning.thread_blocks, r * (t // TILE) * heads)},
         options=options,
-    )(q, k, v, d_out, lse, delta, intervals, query_tiles(intervals, keys))
+    )(q, k, v, d_out, out, lse, intervals, query_tiles(intervals, HALF))
 
 
 def backward_kv(q, k, v, d_out, lse, delta, intervals, options):
-    """The gradients of keys and values, like them."""
+    """The gradients of keys and values, like them.
+
+    A tile of context keys is seen by many queries: `dkv_parts` thread blocks share these, and their sums are added up.
+    """
     (r, t, heads, d), (u, kv_heads) = q.shape, k.shape[1:3]
-    group, stages = heads // kv_heads, options.tuning.dkv_stages
+    group, stages, parts = heads // kv_heads, options.tuning.dkv_stages, options.tuning.dkv_parts
     factor = options.scale * LOG2E
-    shape = (HALF, HALF)
     context_tiles = (u - t) // TILE
+    shared = context_tiles * parts
 
-    def body(q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, intervals_ref, table_ref, dk_ref, dv_ref, *scratch):
-        k_smem, v_smem, q_smem, d_out_smem, lse_smem, delta_smem, lo_smem, hi_smem = scratch[:8]
-        kv_full, full, q_free, d_out_free, *staging = scratch[8:]
-        row, tile, kv_head, wg = (lax.axis_index(x) for x in ("rows", "tiles", "heads", "wg"))
-        first, count, whole, whole_end = (table_ref[row, tile, i] for i in range(4))
-        steps = count * group
+    def body(q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, intervals_ref, plan_ref, dk_ref, dv_ref, *scratch):
+        k_smem, v_smem, kv_full, q_ring, d_out_ring, lse_smem, delta_smem, lo_smem, hi_smem, *staging = scratch
+        row, item, kv_head, wg = (lax.axis_index(x) for x in ("rows", "items", "heads", "wg"))
+        in_context = item < shared
+        tile = jnp.where(in_context, lax.div(item, jnp.int32(parts)), item - (shared - context_tiles))
+        part = jnp.where(in_context, lax.rem(item, jnp.int32(parts)), 0)
+        num_parts = jnp.where(in_context, parts, 1)
+        first, count = (plan_ref[row, tile, i] for i in range(2))
+        begin, end = (first + lax.div((part + i) * count, num_parts) for i in range(2))
+        steps = (end - begin) * group
 
-        def query_tile(i):  # downwards: the thread blocks of all key tiles begin with the same queries
-            return first + count - 1 - lax.div(i, jnp.int32(group))
+        def place(i):  # downwards: the thread blocks of all key tiles begin with the same queries
+            return end - 1 - lax.div(i, jnp.int32(group)), kv_head * group + lax.rem(i, jnp.int32(group))
 
         @pl.when(wg < 2)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
             key_base = tile * TILE + wg * HALF
-            keys = pl.ds(key_base, HALF)
             k_tile, v_tile = k_smem.at[wg], v_smem.at[wg]
-            plgpu.copy_gmem_to_smem(k_ref.at[row, keys, kv_head], k_tile, kv_full.at[wg])
-            plgpu.copy_gmem_to_smem(v_ref.at[row, keys, kv_head], v_tile, kv_full.at[wg])
+            for ref, x in ((k_ref, k_tile), (v_ref, v_tile)):
+                plgpu.copy_gmem_to_smem(ref.at[row, pl.ds(key_base, HALF), kv_head], x, kv_full.at[wg])
+            mine, mine_end, whole, whole_end = (plan_ref[row, tile, 2 + 4 * wg + i] for i in range(4))
             plgpu.barrier_wait(kv_full.at[wg])
+
+            def attend(i, query_tile, dk_acc, dv_acc):
+                slot, d_out_tile = q_ring.slot(i), d_out_ring.tile(i)
+
+                def column(x):  # loaded where it is used
+                    return spread(vector(x.at[slot], COL), _SQUARE, 1)
+
+                def products(s_acc, dp_acc):
+                    set_accumulator(dp_acc, -column(delta_smem), options)
+                    plgpu.wgmma(s_acc, k_tile, q_ring.tile(i).T)
+                    plgpu.wgmma(dp_acc, v_tile, d_out_tile.T)
+                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                    p = jnp.exp2(s * factor - column(lse_smem))
+
+                    def masked():
+                        lo, hi = (vector(x.at[slot], COL) for x in (lo_smem, hi_smem))
+                        return jnp.where(inside(_SQUARE, key_base, lo, hi, keys_axis=0), p, 0.0)
+
+                    seen_whole = (query_tile >= whole) & (query_tile < whole_end)
+                    return lax.cond(seen_whole, lambda: p, masked), dp_acc[...]
+
+                p, dp = pl.run_scoped(products, *[plgpu.ACC(_SQUARE, jnp.float32)] * 2)
+                multiply_add(dv_acc, p.astype(q.dtype), d_out_tile, staging)
+                multiply_add(dk_acc, (p * dp).astype(q.dtype), q_ring.tile(i), staging)
+                plgpu.wgmma_wait(0)
 
             def accumulate(dk_acc, dv_acc):
                 @pl.loop(0, steps)
                 def _step(i):
-                    slot = lax.rem(i, jnp.int32(stages))
-                    plgpu.barrier_wait(full.at[slot])
-
-                    def column(x):  # loaded where it is used: each takes 16 registers of every thread
-                        return plgpu.load(x.at[slot], layout=COL)
-
-                    def weights(s):
-                        p = jnp.exp2(s * factor - spread(column(lse_smem), shape, 1))
-
-                        def partly():
-                            lo, hi = column(lo_smem), column(hi_smem)
-                            return jnp.where(inside(shape, key_base, lo, hi, keys_axis=0), p, 0.0)
-
-                        i_query = query_tile(i)
-                        return lax.cond((i_query >= whole) & (i_query < whole_end), lambda: p, partly)
-
-                    acc = plgpu.ACC(shape, jnp.float32)
-
-                    def products(s_acc, dp_acc):
-                        plgpu.wgmma(s_acc, k_tile, q_smem.at[slot].T)
-                        plgpu.wgmma(dp_acc, v_tile, d_out_smem.at[slot].T)
-                        p = weights(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
-                        return p, dp_acc[...]
-
-                    p, dp = pl.run_scoped(products, acc, acc)
-                    multiply_add(dv_acc, p.astype(q.dtype), d_out_smem.at[slot], staging)
-                    ds = p * (dp - spread(column(delta_smem), shape, 1))
-                    multiply_add(dk_acc, ds.astype(q.dtype), q_smem.at[slot], staging)
-                    plgpu.wgmma_wait(1)
-                    plgpu.barrier_arrive(d_out_free.at[slot])
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(q_free.at[slot])
+                    query_tile, _ = place(i)
+                    q_ring.wait(i)
+                    d_out_ring.wait(i)
+                    see = (query_tile >= mine) & (query_tile < mine_end)
+                    pl.when(see)(lambda: attend(i, query_tile, dk_acc, dv_acc))
+                    d_out_ring.release(i)
+                    q_ring.release(i)
 
                 return dk_acc[...], dv_acc[...]
 
-            acc = plgpu.ACC((HALF, d), jnp.float32)
-            dk, dv = pl.run_scoped(accumulate, acc, acc)
+            dk, dv = pl.run_scoped(accumulate, *[plgpu.ACC((HALF, d), jnp.float32)] * 2)
             k_tile[...] = (dk * options.scale).astype(k.dtype)
             v_tile[...] = dv.astype(v.dtype)
             plgpu.commit_smem()
+            out_tile = jnp.where(in_context, part * context_tiles + tile, item)
+            keys = pl.ds(out_tile * TILE + wg * HALF, HALF)
             plgpu.copy_smem_to_gmem(k_tile, dk_ref.at[row, keys, kv_head])
             plgpu.copy_smem_to_gmem(v_tile, dv_ref.at[row, keys, kv_head])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 2)
         def _load():
-            kind = jnp.where(tile < context_tiles, 0, 2)  # the interval that can reach this tile
+            plgpu.set_max_registers(24, action="decrease")
+            lo_ref = jnp.where(in_context, 0, 2)  # the interval that can reach this tile
 
-            def head_and_queries(i):
-                head = kv_head * group + lax.rem(i, jnp.int32(group))
-                return head, pl.ds(query_tile(i) * HALF, HALF)
+            @pl.loop(0, steps)
+            def _step(i):
+                query_tile, head = place(i)
+                rows, slot = pl.ds(query_tile * HALF, HALF), q_ring.slot(i)
+                d_out_ring.fill(i, d_out_ref.at[row, rows, head])
+                q_ring.fill(i, q_ref.at[row, rows, head])
+                full = q_ring.full.at[slot]
+                plgpu.copy_gmem_to_smem(lse_ref.at[row, head, rows], lse_smem.at[slot], full)
+                plgpu.copy_gmem_to_smem(delta_ref.at[row, head, rows], delta_smem.at[slot], full)
+                for i_ref, x in ((lo_ref, lo_smem), (lo_ref + 1, hi_smem)):
+                    plgpu.copy_gmem_to_smem(intervals_ref.at[row, i_ref, rows], x.at[slot], full)
 
-            def wide(ref):
-                def source(i):
-                    head, queries = head_and_queries(i)
-                    return ref.at[row, queries, head]
+            d_out_ring.drain(steps)
+            q_ring.drain(steps)
 
-                return source
-
-            def narrow(ref, index=None):
-                def source(i):
-                    head, queries = head_and_queries(i)
-                    return ref.at[row, head if index is None else index, queries]
-
-                return source
-
-            copies = [
-                copy_to(q_smem, wide(q_ref), q_free),
-                copy_to(d_out_smem, wide(d_out_ref), d_out_free),
-                copy_to(lse_smem, narrow(lse_ref)),
-                copy_to(delta_smem, narrow(delta_ref)),
-                copy_to(lo_smem, narrow(intervals_ref, kind)),
-                copy_to(hi_smem, narrow(intervals_ref, kind + 1)),
-            ]
-            load_pipeline(steps, stages, copies, [full] * 6)
-
-    like_k = jax.ShapeDtypeStruct(k.shape, k.dtype)
-    barrier = functools.partial(plgpu.Barrier, num_arrivals=2)
+    num_out = shared * TILE + t
+    like_k = jax.ShapeDtypeStruct((r, num_out, kv_heads, d), k.dtype)
     dk, dv = call(
         body,
         out_type=[like_k, like_k],
         scratch=[
             smem(2, HALF, d, dtype=k.dtype),
             smem(2, HALF, d, dtype=v.dtype),
-            smem(stages, HALF, d, dtype=q.dtype),
-            smem(stages, HALF, d, dtype=q.dtype),
+            plgpu.Barrier(num_arrivals=2, num_barriers=2),
+            Ring.scratch(stages, HALF, d, dtype=q.dtype, copies=5),
+            Ring.scratch(stages, HALF, d, dtype=q.dtype),
             *(plgpu.SMEM((stages, HALF), x) for x in (jnp.float32, jnp.float32, jnp.int32, jnp.int32)),
-            barrier(num_barriers=2),
-            plgpu.Barrier(num_arrivals=6, num_barriers=stages),
-            barrier(num_barriers=stages),
-            barrier(num_barriers=stages),
             *staging_for(HALF, q.dtype, options),
         ],
-        grid=(r, u // TILE, kv_heads),
+        grid={"rows": r, "items": num_out // TILE, "heads": kv_heads},
         options=options,
     )(q, k, v, d_out, lse, delta, intervals, key_tiles(intervals, u))
-    return dk, dv
+
+    def joined(x):
+        context, block = x[:, : shared * TILE], x[:, shared * TILE :]
+        sums = context.reshape(r, parts, -1, *x.shape[2:]).astype(jnp.float32).sum(1)
+        return jnp.concatenate([sums.astype(x.dtype), block], axis=1)
+
+    return joined(dk), joined(dv)

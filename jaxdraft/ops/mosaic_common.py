@@ -1,10 +1,12 @@
-"""What the block attention kernels (Pallas, Mosaic GPU) share: the launch, the loading warpgroup, masks, products."""
+"""What the block attention kernels (Pallas, Mosaic GPU) share: launch, work lists, rings of tiles, masks, products."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -18,13 +20,14 @@ ROW, COL = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """Tile widths and pipeline depths, found by measurement on an H200 (benchmarks/NOTES.md)."""
+    """Pipeline depths and the split of the work, found by measurement on an H200 (benchmarks/NOTES.md)."""
 
-    forward_keys: int = 128
-    forward_stages: int = 2
-    dq_keys: int = 64
-    dq_stages: int = 2
-    dkv_stages: int = 2
+    thread_blocks: int = 132  # of the two kernels over queries: the multiprocessors of an H100 or H200 (SXM)
+    forward_stages: int = 2  # tiles of 128 keys
+    dq_key_stages: int = 3  # tiles of 64 keys; those of values are free earlier
+    dq_value_stages: int = 2
+    dkv_stages: int = 4  # tiles of 64 queries
+    dkv_parts: int = 2  # thread blocks a tile of context keys; one alone would outlast all the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +45,92 @@ def smem(*shape, dtype):
 
 
 def call(body, *, out_type, scratch, grid, options):
-    """The kernel on `grid` = (rows, tiles, heads), heads fastest, with two computing warpgroups and one that loads."""
+    """The kernel on `grid` = {name: size}, the last one fastest: warpgroups ("wg") 0 and 1 compute, 2 loads."""
     return plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=scratch,
-        grid=grid,
-        grid_names=("rows", "tiles", "heads"),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
         num_threads=3,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({"interpret": plgpu.InterpretGPUParams()} if options.interpret else {}),
     )
+
+
+class Ring(NamedTuple):
+    """Tiles that the loading warpgroup fills one after the other and that both computing warpgroups read.
+
+    The n-th tile of a thread block lies in slot n % stages, once `full`; the readers say when it is `free` again.
+    """
+
+    tiles: Any
+    full: Any
+    free: Any
+
+    @classmethod
+    def scratch(cls, stages: int, *tile, dtype, copies: int = 1):
+        barrier = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+        return cls(smem(stages, *tile, dtype=dtype), barrier, plgpu.Barrier(num_arrivals=2, num_barriers=stages))
+
+    def slot(self, n):
+        return lax.rem(n, jnp.int32(self.tiles.shape[0]))
+
+    def tile(self, n):
+        return self.tiles.at[self.slot(n)]
+
+    def wait(self, n):
+        plgpu.barrier_wait(self.full.at[self.slot(n)])
+
+    def release(self, n):
+        plgpu.barrier_arrive(self.free.at[self.slot(n)])
+
+    def reserve(self, n):
+        """The n-th tile's barrier for copies into it, as soon as its slot is free."""
+        pl.when(n >= self.tiles.shape[0])(lambda: plgpu.barrier_wait(self.free.at[self.slot(n)]))
+        return self.full.at[self.slot(n)]
+
+    def fill(self, n, source):
+        plgpu.copy_gmem_to_smem(source, self.tile(n), self.reserve(n))
+
+    def drain(self, n):
+        """Waits until all of n tiles have been read."""
+
+        @pl.loop(jnp.maximum(n - self.tiles.shape[0], 0), n)
+        def _wait(i):
+            plgpu.barrier_wait(self.free.at[self.slot(i)])
+
+
+def free_stored(ring, n):
+    """Waits until what was put in the place of tile n - 1, and copied out, has left shared memory; frees the place."""
+
+    @pl.when(n > 0)
+    def _free():
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        ring.release(n - 1)
+
+
+def visit_tiles(rows: int, tiles: int, heads: int, visit):
+    """Walks over this thread block's share of all (row, tile, head): (number of visits, last `done`).
+
+    visit(index, row, tile, head, done) -> done, an integer handed on. The last tiles, whose intervals are the longest,
+    come first. Thread blocks are dealt their tiles forwards and backwards in turns, which gives each the same work.
+    """
+    block, blocks = lax.axis_index("blocks"), lax.axis_size("blocks")
+    rounds, rest = divmod(rows * tiles * heads, blocks)
+
+    def place(index):
+        return index * blocks + jnp.where(lax.rem(index, jnp.int32(2)) == 0, block, blocks - 1 - block)
+
+    def step(index, done):
+        item = place(index)
+        tile = tiles - 1 - lax.rem(lax.div(item, jnp.int32(heads)), jnp.int32(tiles))
+        return visit(index, lax.div(item, jnp.int32(heads * tiles)), tile, lax.rem(item, jnp.int32(heads)), done)
+
+    in_last_round = place(jnp.int32(rounds)) < rows * tiles * heads
+    count = rounds + jnp.where(in_last_round, 1, 0).astype(jnp.int32) if rest else jnp.int32(rounds)
+    return count, lax.fori_loop(jnp.int32(0), count, step, jnp.int32(0))
 
 
 def spread(x, shape, axis: int):
@@ -67,65 +144,9 @@ def inside(shape, key_base, lo, hi, *, keys_axis: int):
     return (key >= lo) & (key < hi)
 
 
-def copy_to(smem, source, free=None):
-    """One of a step's copies, for `load_pipeline`: source(step) into smem's slot, once its `free` barrier is passed."""
-
-    def copy(i, slot, barrier):
-        plgpu.copy_gmem_to_smem(source(i), smem.at[slot], barrier)
-
-    return copy, free
-
-
-def load_pipeline(steps, stages: int, copies, barriers):
-    """The loading warpgroup: copies of step i into slot i % stages as soon as both computing warpgroups have freed it.
-
-    copies: what `copy_to` returned; `barriers`: the arrival barriers, one a copy. Copies without a `free` barrier are
-    freed together with the others of their slot.
-    """
-    plgpu.set_max_registers(24, action="decrease")
-
-    @pl.loop(0, steps)
-    def _step(i):
-        slot = lax.rem(i, jnp.int32(stages))
-        for (copy, free), full in zip(copies, barriers, strict=True):
-            if free is not None:
-                pl.when(i >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-            copy(i, slot, full.at[slot])
-
-    @pl.loop(jnp.maximum(steps - stages, 0), steps)
-    def _drain(i):
-        for _, free in copies:
-            if free is not None:
-                plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(stages))])
-
-
-def tile_reader(table_ref, row, tile):
-    context, num_context, block, num_block, whole, whole_end = (table_ref[row, tile, i] for i in range(6))
-
-    def index(i):
-        return jnp.where(i < num_context, context + i, block + i - num_context)
-
-    def is_whole(i):
-        return (i < num_context) & (index(i) >= whole) & (index(i) < whole_end)
-
-    return num_context, num_context + num_block, index, is_whole
-
-
-def mask(x, masked, i, reader, keys: int, ranges):
-    """x [queries, keys] of step i, `masked` where a query does not see a key; nothing to do on tiles seen whole."""
-    num_context, _, key_tile, is_whole = reader
-
-    def apply(lo, hi):
-        return jnp.where(inside(x.shape, key_tile(i) * keys, lo, hi, keys_axis=1), x, masked)
-
-    def partly():
-        return lax.cond(i < num_context, lambda: apply(*ranges[:2]), lambda: apply(*ranges[2:]))
-
-    return lax.cond(is_whole(i), lambda: x, partly)
-
-
-def load_vectors(refs, layout):
-    return [plgpu.load(x, layout=layout, optimized=False) for x in refs]
+def vector(ref, layout):
+    """One number a row (ROW) or column (COL) of a tile; each COL vector takes 16 registers of every thread."""
+    return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def staging_for(columns: int, dtype, options):
@@ -134,22 +155,18 @@ def staging_for(columns: int, dtype, options):
 
 
 def multiply_add(acc_ref, a, b_smem, staging):
-    """acc_ref += a @ b of a value `a` in registers."""
+    """acc_ref += a @ b of a value `a` in registers, asynchronously."""
     if staging:
-        staged = staging[0].at[lax.axis_index("wg")]
+        staged = staging[0].at[lax.axis_index("wg"), :, pl.ds(0, a.shape[1])]
         staged[...] = a
         plgpu.commit_smem()
         a = staged
     plgpu.wgmma(acc_ref, a, b_smem)
 
 
-def add_product(acc, a, b_smem, staging):
-    """acc + a @ b, with the accumulator kept in registers."""
-    if not staging:
-        return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b_smem))(plgpu.ACC.init(acc))
-
-    def product(acc_ref):  # the interpreter has no run_state
-        multiply_add(acc_ref, a, b_smem, staging)
-        return acc_ref[...]
-
-    return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
+def set_accumulator(acc_ref, x, options):
+    """acc_ref[...] = x, which the interpreter knows by another name."""
+    if options.interpret:
+        jax.ref.swap(acc_ref, ..., x)
+    else:
+        acc_ref[...] = x

@@ -20,14 +20,21 @@ def relative_error(a, b) -> float:
 
 
 @interpreted
-@pytest.mark.parametrize(("per_slot", "causal"), [(False, False), (True, True)])
-def test_attention(per_slot, causal):
+@pytest.mark.parametrize(
+    ("shape", "per_slot", "causal"),
+    [
+        ((1, 150, 17, 8, 2, 1, 64), False, False),  # 2 query tiles of 128 (the second one mostly padding), shared keys
+        ((2, 300, 11, 12, 2, 1, 64), True, True),  # rows; blocks across the border between two warpgroups' queries
+    ],
+)
+def test_attention(shape, per_slot, causal):
     from jaxdraft.ops.block_attention_mosaic import attend
+    from jaxdraft.ops.mosaic_common import Tuning
 
-    # 2 query tiles of 128 (the second one mostly padding), 2 key tiles of context, heads that share keys.
-    arrays, intervals = random_inputs((1, 150, 17, 8, 2, 1, 64), 5, per_slot=per_slot, dtype=jnp.bfloat16)
+    tuning = Tuning(thread_blocks=3)  # several tiles each, and not the same number
+    arrays, intervals = random_inputs(shape, 5, per_slot=per_slot, dtype=jnp.bfloat16)
     start, end, valid = intervals
-    start = start if per_slot else jnp.broadcast_to(start[..., None], (*start.shape, 8))
+    start = start if per_slot else jnp.broadcast_to(start[..., None], (*start.shape, shape[3]))
     end = jnp.where(valid, end, 0)
     d_out = jnp.asarray(np.random.default_rng(6).normal(size=arrays[0].shape), jnp.bfloat16)
 
@@ -37,7 +44,7 @@ def test_attention(per_slot, causal):
         )
         return out, *backward(d_out)
 
-    ours = run(attend, arrays, d_out, interpret=True)
+    ours = run(attend, arrays, d_out, tuning=tuning, interpret=True)
     arrays, d_out = jax.tree.map(lambda x: x.astype(jnp.float32), (arrays, d_out))
     for a, b in zip(ours, run(block_attention.reference, arrays, d_out), strict=True):
         assert a.dtype == jnp.bfloat16
@@ -58,21 +65,27 @@ def test_tiles_cover_what_queries_see(seed, keys):
     key = np.arange(k.shape[1])
     sees = ((key >= lo0) & (key < hi0)) | ((key >= lo1) & (key < hi1))
 
+    def only(*ranges, unit):
+        """Whether a key (or query) lies in one of the ranges of `unit`."""
+        return np.any([(key_or_query // unit >= a) & (key_or_query // unit < b) for a, b in ranges], axis=0)
+
+    plans, key_or_query = np.asarray(query_tiles(intervals, keys)), key
     for row, tile in np.ndindex(2, q.shape[1] // 128):
-        first, count, block, block_count, whole, whole_end = np.asarray(query_tiles(intervals, keys))[row, tile]
-        visited = np.zeros(len(key), bool)
-        for a, b in ((first, count), (block, block_count)):
-            visited[a * keys : (a + b) * keys] = True
-        mine = sees[row, tile * 128 : (tile + 1) * 128]
-        assert not np.any(mine[:, ~visited])
-        unmasked = slice(max(whole, first) * keys, min(whole_end, first + count) * keys)
-        assert np.all(mine[:, unmasked])
+        first, count, block, block_count, *halves = plans[row, tile, :16]
+        visited = only((first, first + count), (block, block + block_count), unit=keys)
+        for i, (near, near_end, own, own_end, whole, whole_end) in enumerate(np.reshape(halves, (2, 6))):
+            mine = sees[row, tile * 128 + 64 * i :][:64]
+            computed = only((near, near_end), unit=keys) | only((own, own_end), unit=64)
+            assert not np.any(mine[:, ~(visited & computed)])
+            assert np.all(mine[:, only((max(whole, near), min(whole_end, near_end)), unit=keys)])
+    plans, key_or_query = np.asarray(key_tiles(intervals, k.shape[1])), np.arange(q.shape[1])
     for row, tile in np.ndindex(2, k.shape[1] // 128):
-        first, count, whole, whole_end = np.asarray(key_tiles(intervals, k.shape[1]))[row, tile]
-        mine = sees[row, :, tile * 128 : (tile + 1) * 128]
-        assert not np.any(mine[: first * 64])
-        assert not np.any(mine[(first + count) * 64 :])
-        assert np.all(mine[whole * 64 : whole_end * 64])
+        first, count, *halves = plans[row, tile]
+        visited = only((first, first + count), unit=64)
+        for i, (near, near_end, whole, whole_end) in enumerate(np.reshape(halves, (2, 4))):
+            mine = sees[row, :, tile * 128 + 64 * i :][:, :64]
+            assert not np.any(mine[~(visited & only((near, near_end), unit=64))])
+            assert np.all(mine[only((whole, whole_end), unit=64)])
 
 
 @interpreted
