@@ -42,8 +42,8 @@ class Machine:
     memory_gb: float = 141.0
     tflops: float = 989.0
     """Peak of dense bfloat16 products."""
-    share: float = 0.62
-    """Of the peak that a step reaches: 619 TFLOP/s were measured (benchmarks/RESULTS.md)."""
+    share: float = 0.63
+    """Of the peak that a step reaches: 624 TFLOP/s were measured (benchmarks/RESULTS.md)."""
     link_gbs: float = 450.0
     """GB/s of a GPU to others of its host, one way."""
     network_gbs: float = 50.0
