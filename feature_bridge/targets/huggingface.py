@@ -30,6 +30,16 @@ from feature_bridge.targets.base import (
 )
 
 
+def _unpacked(config: Any) -> dict[str, Any]:
+    """Options to load a quantised model with its numbers in spec.dtype: the kernels for packed ones are a GPU's."""
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method == "compressed-tensors":  # FP8, and AWQ's and GPTQ's results as llm-compressor stores them
+        return {"quantization_config": transformers.CompressedTensorsConfig(run_compressed=False)}
+    if method == "fp8":  # Qwen's and DeepSeek's own, in blocks
+        return {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)}
+    return {}
+
+
 class HuggingFaceTarget:
     """See `base.Target`."""
 
@@ -43,7 +53,10 @@ class HuggingFaceTarget:
         auto = transformers.AutoModelForImageTextToText if has_vision else transformers.AutoModelForCausalLM
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = auto.from_pretrained(
-            directory, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code
+            directory,
+            dtype=getattr(torch, spec.dtype),
+            trust_remote_code=spec.trust_remote_code,
+            **_unpacked(self.config),
         )
         self._model = model.eval().requires_grad_(False).to(device)
         self.layer_ids = spec.layer_ids
