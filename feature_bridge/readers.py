@@ -83,7 +83,8 @@ class Readers:
         except BrokenProcessPool as error:
             self.close()
             raise RuntimeError(
-                "a process that reads samples died; lower bridge.reader_processes if memory ran out"
+                "a process that reads samples died (see the bridge's log); lower bridge.reader_processes if memory "
+                "ran out"
             ) from error
         return sample, request and _map_pixels(torch.from_numpy, request), fault
 

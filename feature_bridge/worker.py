@@ -76,7 +76,7 @@ class Worker:
         # Before the target: the index starts processes, and those should not inherit a model.
         self.indexes = build_indexes(target_spec, spec.data, self.processor)
         print(format_counts(self.indexes), flush=True)
-        self._readers = Readers(spec.reader_processes, target_spec, spec.data, self.indexes)
+        self._readers = Readers(spec.reader_processes if self.indexes else 0, target_spec, spec.data, self.indexes)
         budget = self._target_budget()
         if budget is not None and spec.memory_fraction is not None:
             torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.mem_get_info()[1])
