@@ -33,6 +33,7 @@ from jaxdraft.ops.mosaic_common import (
     free_stored,
     inside,
     multiply_add,
+    run_warpgroups,
     set_accumulator,
     spread,
     staging_for,
@@ -82,7 +83,6 @@ def _forward(q, k, v, intervals, options):
     def body(q_ref, k_ref, v_ref, intervals_ref, plan_ref, out_ref, lse_ref, queries, k_ring, v_ring, *scratch):
         bounds_smem, plan_smem, lse_smem, *staging = scratch
         wg = lax.axis_index("wg")
-        walk = functools.partial(visit_tiles, r, t // TILE, heads)
 
         def compute(index, row, tile, head, done):
             slot = queries.slot(index)
@@ -193,12 +193,6 @@ def _forward(q, k, v, intervals, options):
             plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[row, head, rows])
             return done + num_block + num_context
 
-        @pl.when(wg < 2)
-        def _compute():
-            plgpu.set_max_registers(240, action="increase")
-            count, _ = walk(compute)
-            free_stored(queries, count)
-
         def load(index, row, tile, head, done):
             context, num_context, block, num_block = (plan_ref[row, tile, i] for i in range(4))
             slot, full = queries.slot(index), queries.reserve(index)
@@ -218,13 +212,8 @@ def _forward(q, k, v, intervals, options):
 
             return done + num_block + num_context
 
-        @pl.when(wg == 2)
-        def _load():
-            plgpu.set_max_registers(24, action="decrease")
-            count, done = walk(load)
-            queries.drain(count)
-            k_ring.drain(done)
-            v_ring.drain(done)
+        walk = functools.partial(visit_tiles, r, t // TILE, heads)
+        run_warpgroups(wg, walk, compute, load, queries, (k_ring, v_ring))
 
     return call(
         body,

@@ -23,6 +23,7 @@ from jaxdraft.ops.mosaic_common import (
     free_stored,
     inside,
     multiply_add,
+    run_warpgroups,
     set_accumulator,
     smem,
     spread,
@@ -42,7 +43,6 @@ def backward_q(q, k, v, d_out, out, lse, intervals, options):
     def body(q_ref, k_ref, v_ref, d_out_ref, out_ref, lse_ref, intervals_ref, plan_ref, dq_ref, delta_ref, *scratch):
         queries, d_out_smem, k_ring, v_ring, bounds_smem, lse_smem, delta_smem, plan_smem, *staging = scratch
         wg = lax.axis_index("wg")
-        walk = functools.partial(visit_tiles, r, t // TILE, heads)
 
         def compute(index, row, tile, head, done):
             slot = queries.slot(index)
@@ -127,12 +127,6 @@ def backward_q(q, k, v, d_out, out, lse, intervals, options):
             plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[row, rows, head])
             return done + 1 + num_context + num_block
 
-        @pl.when(wg < 2)
-        def _compute():
-            plgpu.set_max_registers(240, action="increase")
-            count, _ = walk(compute)
-            free_stored(queries, count)
-
         def load(index, row, tile, head, done):
             context, num_context, block, num_block = (plan_ref[row, tile, i] for i in range(4))
             slot, full = queries.slot(index), queries.reserve(index)
@@ -155,13 +149,8 @@ def backward_q(q, k, v, d_out, out, lse, intervals, options):
 
             return done + 1 + num_context + num_block
 
-        @pl.when(wg == 2)
-        def _load():
-            plgpu.set_max_registers(24, action="decrease")
-            count, done = walk(load)
-            queries.drain(count)
-            k_ring.drain(done)
-            v_ring.drain(done)
+        walk = functools.partial(visit_tiles, r, t // TILE, heads)
+        run_warpgroups(wg, walk, compute, load, queries, (k_ring, v_ring))
 
     return call(
         body,

@@ -133,6 +133,27 @@ def visit_tiles(rows: int, tiles: int, heads: int, visit):
     return count, lax.fori_loop(jnp.int32(0), count, step, jnp.int32(0))
 
 
+def run_warpgroups(wg, walk, compute, load, queries, rings):
+    """Both computing warpgroups and the loading one over the tiles of `walk(visit)`, which is `visit_tiles`.
+
+    wg: which of them this is; queries: ring with a tile a visit; rings: those whose tiles `done` counts.
+    """
+
+    @pl.when(wg < 2)
+    def _compute():
+        plgpu.set_max_registers(240, action="increase")
+        count, _ = walk(compute)
+        free_stored(queries, count)
+
+    @pl.when(wg == 2)
+    def _load():
+        plgpu.set_max_registers(24, action="decrease")
+        count, done = walk(load)
+        queries.drain(count)
+        for ring in rings:
+            ring.drain(done)
+
+
 def spread(x, shape, axis: int):
     return lax.broadcast_in_dim(x, shape, [axis])
 
