@@ -56,6 +56,7 @@ class StepConfig:
             raise ValueError(f"anchor_rule={self.anchor_rule!r} is unknown; choose head or pr505")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype={self.compute_dtype!r} is unknown; choose float32 or bfloat16")
+        assert not self.keep_narrow or self.compute_dtype != "float32", "the copies would be the masters, donated twice"
 
 
 @jax.tree_util.register_dataclass

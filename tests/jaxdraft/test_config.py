@@ -64,6 +64,11 @@ def test_help_lists_every_field_with_type_default_and_a_line():
         ([*TINY, "--data.too-long", "cut"], "cut.*--data.too-long"),
         ([*TINY, "--data.row-tokens", "40"], "data.row_tokens=40 is smaller than draft.block_size=8 x 8"),
         ([*TINY, "--bridge.num-slots", "1"], "bridge.num_slots=1"),
+        ([*TINY, "--bridge.reader-processes", "-1"], "bridge.reader_processes=-1"),
+        (
+            [*TINY, "--bridge.reader-processes", "2", "--bridge.transport", "in_process"],
+            "bridge.reader_processes=2 needs a bridge process",
+        ),
         ([*TINY, "--draft.num-sliding-layers", "1"], "draft.sliding_window"),
         ([*TINY, "--optim.learning-rate", "-1"], "optim.learning_rate=-1"),
         ([*TINY, "--loss.kind", "mse"], "mse"),

@@ -275,6 +275,14 @@ CONFIG = Config(
 )
 
 
+@pytest.mark.parametrize(
+    ("transport", "asked", "number"), [("shared_memory", None, 0), ("cuda_ipc", None, 4), ("cuda_ipc", 0, 0)]
+)
+def test_processes_that_read_are_for_a_gpu_unless_asked_for(transport, asked, number):
+    bridge = BridgeConfig(transport=transport, reader_processes=asked)
+    assert make_bridge_spec(dataclasses.replace(CONFIG, bridge=bridge), (0, 2)).reader_processes == number
+
+
 def test_the_spec_says_what_the_config_says():
     spec = make_bridge_spec(CONFIG, (0, 2))
     assert dataclasses.asdict(spec.target) == {
