@@ -82,13 +82,13 @@ def main(path: str, layer_ids: str, dtype: str, out: str) -> None:
         row = [target_requests.pictures(config, some, seed) for seed, some in enumerate(grids)]
         tower = target._towers["image"]
         get_feature = tower._get_feature
-        for cache, before in (("cold", []), ("warm", [row[1]])):
+        for cache, before in (("cold", []), ("warm", row)):  # warm: every picture was seen, in other company
             runs: list[int] = []
             tower_runs[cache] = runs
             tower._get_feature = lambda items, runs=runs: runs.append(len(items)) or get_feature(items)
             versions.start_embedding_cache(64 << 20)
-            if before:
-                target.extend(before)
+            for request in before:
+                target.extend([request])
             tensors[f"{cache} cache/features"] = target.extend(row).features
         tower._get_feature = get_feature
         ahead = [target.prepare(request) for request in row]
