@@ -26,6 +26,7 @@ def die_while_saving(fatal_step: int) -> None:
     saving: list[int] = []
 
     def noted(self: Checkpoints, step: int, *args: Any, **options: Any) -> None:
+        self.wait()  # else the save before this one may still be on its way to its barrier
         saving.append(step)
         save(self, step, *args, **options)
 
