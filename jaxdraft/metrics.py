@@ -42,11 +42,10 @@ class MetricsLog:
         self._file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
-            if isinstance(value, (list, tuple)):
-                for i, element in enumerate(value):
-                    self._board.add_scalar(f"{split}/{name}/{i}", element, step)
-            elif isinstance(value, (int, float)):
-                self._board.add_scalar(f"{split}/{name}", value, step)
+            curves = {f"/{i}": x for i, x in enumerate(value)} if isinstance(value, (list, tuple)) else {"": value}
+            for suffix, number in curves.items():
+                if isinstance(number, (int, float)):  # None: a ratio that had nothing to divide by
+                    self._board.add_scalar(f"{split}/{name}{suffix}", number, step)
 
 
 def _cut_back(file: Path, step: int) -> Path:
@@ -90,9 +89,12 @@ class ProgressBar:
         self._bar.stop()
 
     def show(self, step: int, metrics: Mapping[str, Any]) -> None:
+        def figure(name: str, form: str) -> str:
+            return "-" if metrics[name] is None else format(metrics[name], form)
+
         figures = (
-            f"loss {metrics['loss']:.3f}  tau {metrics['tau']:.2f}  {metrics['rows_per_second']:.2f} rows/s  "
-            f"lr {metrics['learning_rate']:.1e}"
+            f"loss {figure('loss', '.3f')}  tau {figure('tau', '.2f')}  {figure('rows_per_second', '.2f')} rows/s  "
+            f"lr {figure('learning_rate', '.1e')}"
         )
         self._bar.update(self._task, completed=step, figures=figures)
         if not self._console.is_terminal and (step % self._log_interval == 0 or step == self._total):

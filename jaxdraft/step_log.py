@@ -45,6 +45,7 @@ class StepLog:
         stream: FeatureStream,
         *,
         first_step: int,
+        bad_batches: int = 0,
     ):
         self._config, self._stream, self._console = config, stream, console
         self._metrics = MetricsLog(run_dir if is_first() else None, resume_step=first_step)
@@ -57,7 +58,7 @@ class StepLog:
         self._rows = self._tokens = 0  # since the last optimizer step
         self._last_time = time.perf_counter()
         self._last_waited = stream.seconds_waiting
-        self.bad_batches = 0
+        self.bad_batches = bad_batches  # with those before a resume
         self._rows_done, self._seconds = 0, 0.0  # of training, in this process
 
     def __enter__(self) -> StepLog:
@@ -92,6 +93,7 @@ class StepLog:
         """Waits for the pending micro-batch, writes its metrics, releases its slot.
 
         Raises:
+          BridgeError: the bridge cannot take the slot back; its metrics are written.
           ValueError: more bad batches than `max_bad_batches`.
         """
         if self._pending is None:
@@ -99,13 +101,13 @@ class StepLog:
         step, metrics, slot, last = self._pending
         self._pending = None
         metrics = jax.device_get(metrics)  # ready means that nothing reads the slot any more
-        self._stream.release(slot.filled)
         self.note_skips((skip for row in slot.rows for skip in row.skipped), show=True)
         self._note_bad_batch(step, metrics, slot)
         self._rows += sum(bool(samples) for _, samples in slot.planned)
         self._tokens += int(metrics["tokens"])
         if last:
             self._write_step(step, metrics)
+        self._stream.release(slot.filled)  # last: a bridge that is gone raises here, and the step was trained
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         self._metrics.write(step, split, metrics)

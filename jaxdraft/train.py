@@ -125,7 +125,8 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
         unchecked = config.check_first_checkpoint and checkpoints.latest is None and jax.process_count() == 1
         conversations: list[Conversation] = []
 
-        with StepLog(config, run_dir, console, plan, stream, first_step=first_step) as log:
+        bad_batches = int(state.bad_batches)
+        with StepLog(config, run_dir, console, plan, stream, first_step=first_step, bad_batches=bad_batches) as log:
             log.note_skips(skip for table in tables.values() for skip in table.skipped)
             for step in range(first_step + 1, plan.total_steps + 1):
                 for micro in range(config.accumulation):
