@@ -282,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.print_help()
         print("\nand the fields of the config:\n")
     config = parse_args(rest)
-    target = open_target(config.target)
+    target = open_target(config.target, weights=False)
     draft = make_draft_config(config.draft, target)
     mesh = plan_mesh(config, own.devices)
     check_mesh(mesh, draft, config.data.row_tokens)

@@ -5,7 +5,6 @@ No transformers and no torch: these are JSON and safetensors files.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from safetensors import safe_open
 
+from feature_bridge.model_files import INDEX, find_model, open_tensors, read_config, read_json, tensor_files
 from jaxdraft.config import DraftOptions, TargetConfig
 from jaxdraft.model.dflash import DraftConfig, default_target_layer_ids
 
@@ -45,21 +44,30 @@ class TargetModel:
         value = self.config.get(name)
         return value if value is not None else self.text.get(name, default)
 
+    def size(self, name: str) -> int:
+        """A size of the text model. Raises ValueError: its config.json does not say."""
+        if not isinstance(value := self.text.get(name), int):
+            raise ValueError(
+                f"target.path={str(self.directory)!r} has {name}={value!r} in its config.json and not a number; "
+                "give a target of a family in docs/families.md"
+            )
+        return value
+
     @property
     def num_layers(self) -> int:
-        return self.text["num_hidden_layers"]
+        return self.size("num_hidden_layers")
 
     @property
     def hidden_size(self) -> int:
-        return self.text["hidden_size"]
+        return self.size("hidden_size")
 
     @property
     def vocab_size(self) -> int:
-        return self.text["vocab_size"]
+        return self.size("vocab_size")
 
     @property
     def head_dim(self) -> int:
-        return self.text.get("head_dim") or self.hidden_size // self.text["num_attention_heads"]
+        return self.text.get("head_dim") or self.hidden_size // self.size("num_attention_heads")
 
     @property
     def rope_theta(self) -> float:
@@ -69,66 +77,43 @@ class TargetModel:
     @cached_property
     def tensors(self) -> dict[str, Path]:
         """File of each tensor."""
-        index = self.directory / "model.safetensors.index.json"
+        index = self.directory / INDEX
         if index.is_file():
-            names = json.loads(index.read_text())["weight_map"]
+            names = read_json(index)["weight_map"]
             return {name: self.directory / file for name, file in names.items()}
         found = {}
-        for file in sorted(self.directory.glob("*.safetensors")):
-            with safe_open(file, framework="flax") as tensors:
+        for file in tensor_files(self.directory):
+            with open_tensors(file, "flax") as tensors:
                 found |= dict.fromkeys(tensors.keys(), file)
         if not found:
             raise ValueError(f"target.path={self.directory} has no .safetensors file; give a complete model directory")
         return found
 
     def load(self, key: str) -> Array:
-        with safe_open(self.tensors[key], framework="flax") as tensors:
+        with open_tensors(self.tensors[key], "flax") as tensors:
             return tensors.get_tensor(key)
 
     def describe(self, key: str) -> tuple[str, list[int]]:
         """safetensors' name of a tensor's dtype, and its shape."""
-        with safe_open(self.tensors[key], framework="flax") as tensors:
+        with open_tensors(self.tensors[key], "flax") as tensors:
             part = tensors.get_slice(key)
             return part.get_dtype(), part.get_shape()
 
     def rows(self, key: str, rows: Iterable[int]) -> Float[Array, "rows H"]:
         """Some rows of a matrix; the others are not read."""
-        with safe_open(self.tensors[key], framework="flax") as tensors:
+        with open_tensors(self.tensors[key], "flax") as tensors:
             matrix = tensors.get_slice(key)
             return jnp.concatenate([matrix[int(i) : int(i) + 1] for i in rows])
 
 
-def open_target(config: TargetConfig) -> TargetModel:
-    """The target's directory, downloaded first where `path` is a hub id.
+def open_target(config: TargetConfig, *, weights: bool = True) -> TargetModel:
+    """The target's directory, downloaded first where `path` is a hub id; without `weights` its JSON files alone.
 
     Raises:
       ValueError: no such directory, a hub id without a revision, or no config.json.
     """
-    directory = Path(config.path)
-    if not directory.is_dir():
-        if directory.is_absolute() or config.path.count("/") != 1 or config.path.startswith("."):
-            raise ValueError(f"target.path={config.path} does not exist; give a model directory or a hub id (org/name)")
-        directory = _download(config)
-    file = directory / "config.json"
-    if not file.is_file():
-        raise ValueError(f"target.path={config.path} has no config.json; give a complete model directory")
-    return TargetModel(directory, json.loads(file.read_text()))
-
-
-def _download(config: TargetConfig) -> Path:
-    from huggingface_hub import snapshot_download  # only a hub id needs it
-
-    if config.revision is None:
-        raise ValueError(
-            f"target.path={config.path} is no directory here, and as a hub id it needs target.revision: pin a commit"
-        )
-    try:
-        return Path(snapshot_download(config.path, revision=config.revision))
-    except Exception as error:  # the hub's client raises many kinds; each is the same to the user
-        raise ValueError(
-            f"target.path={config.path} at target.revision={config.revision} could not be downloaded "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); give a local directory or check the name"
-        ) from error
+    directory = find_model(config.path, config.revision, weights=weights)
+    return TargetModel(directory, read_config(directory))
 
 
 def make_draft_config(options: DraftOptions, target: TargetModel) -> DraftConfig:
@@ -137,17 +122,27 @@ def make_draft_config(options: DraftOptions, target: TargetModel) -> DraftConfig
     Raises:
       ValueError: a combination that cannot be (see `DraftConfig`).
     """
-    num_heads = options.num_heads or target.text["num_attention_heads"]
+
+    def either(name: str, of_the_target: str) -> int:
+        own = getattr(options, name)
+        return target.size(of_the_target) if own is None else own
+
+    num_heads = either("num_heads", "num_attention_heads")
+    kv_heads = options.num_kv_heads
+    if kv_heads is None:
+        kv_heads = target.text.get("num_key_value_heads") or num_heads
     return DraftConfig(
         hidden_size=target.hidden_size,
-        intermediate_size=options.intermediate_size or target.text["intermediate_size"],
+        intermediate_size=either("intermediate_size", "intermediate_size"),
         num_layers=options.num_layers,
         num_heads=num_heads,
-        num_kv_heads=options.num_kv_heads or target.text.get("num_key_value_heads") or num_heads,
-        head_dim=options.head_dim or target.head_dim,
+        num_kv_heads=kv_heads,
+        head_dim=target.head_dim if options.head_dim is None else options.head_dim,
         vocab_size=target.vocab_size,
         block_size=options.block_size,
-        target_layer_ids=options.target_layer_ids or default_target_layer_ids(target.num_layers, options.num_layers),
+        target_layer_ids=default_target_layer_ids(target.num_layers, options.num_layers)
+        if options.target_layer_ids is None
+        else options.target_layer_ids,
         num_target_layers=target.num_layers,
         mask_token_id=resolve_mask_token(options.mask_token_id, target),
         rms_norm_eps=target.text.get("rms_norm_eps", 1e-6),
@@ -157,7 +152,9 @@ def make_draft_config(options: DraftOptions, target: TargetModel) -> DraftConfig
             for i in range(options.num_layers)
         ),
         sliding_window=options.sliding_window,
-        initializer_range=options.initializer_range or target.text.get("initializer_range", 0.02),
+        initializer_range=target.text.get("initializer_range", 0.02)
+        if options.initializer_range is None
+        else options.initializer_range,
         max_position_embeddings=target.text.get("max_position_embeddings", 32768),
     )
 
@@ -191,15 +188,15 @@ def _tokenizer_ids(directory: Path) -> tuple[set[int], int | None]:
     """Ids in use, and the mask token's id if the tokenizer has one."""
     ids: dict[str, int] = {}
     if (file := directory / "tokenizer.json").is_file():
-        tokenizer = json.loads(file.read_text())
+        tokenizer = read_json(file)
         vocab = tokenizer["model"]["vocab"]
         ids |= vocab if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
         ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
     elif (file := directory / "vocab.json").is_file():
-        ids |= json.loads(file.read_text())
+        ids |= read_json(file)
     settings = {}
     if (file := directory / "tokenizer_config.json").is_file():
-        settings = json.loads(file.read_text())
+        settings = read_json(file)
         ids |= {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
     if not ids:
         raise ValueError(f"{directory} has no tokenizer files; set draft.mask_token_id, or complete the directory")

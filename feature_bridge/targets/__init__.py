@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from feature_bridge.contracts import BridgeSpec, TargetSpec
+from feature_bridge.model_files import find_model, open_tensors, read_config, tensor_files
 from feature_bridge.targets import sglang_versions
 from feature_bridge.targets.base import Target, check_layer_ids
 from feature_bridge.targets.probe import check_layer_contract
@@ -74,32 +72,17 @@ def load_target(spec: BridgeSpec, *, memory_budget: int | None = None) -> Target
 
 
 def resolve_directory(spec: TargetSpec) -> Path:
-    """The local directory of the model, downloaded first where `path` is a hub id."""
-    directory = Path(spec.path)
-    if directory.is_dir():
-        return directory
-    if directory.is_absolute() or spec.path.count("/") != 1 or spec.path.startswith("."):
-        raise ValueError(f"target.path={spec.path!r} does not exist; give a model directory or a hub id (org/name)")
-    if spec.revision is None:
-        raise ValueError(
-            f"target.path={spec.path!r} is no directory, and as a hub id it needs target.revision; pin a commit"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(spec.path, revision=spec.revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"target.path={spec.path!r} at target.revision={spec.revision!r} could not be downloaded "
-            f"({type(error).__name__}); check both, or give a local directory"
-        ) from error
+    """The local directory of the model, downloaded first where `path` is a hub id. Raises ValueError: it is nowhere."""
+    return find_model(spec.path, spec.revision, weights=True)
 
 
 def check_not_quantised(directory: Path) -> None:
-    """Raises ValueError if the embedding or the LM head is stored as anything but one matrix of floats."""
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
+    """Raises ValueError if the embedding or the LM head is stored as anything but one matrix of floats.
+
+    Every file is opened: one that is missing or cut off is named here.
+    """
+    for file in tensor_files(directory):
+        with open_tensors(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 *_, module, parameter = ("", *name.split("."))
                 if module not in _FROZEN_MODULES:
@@ -114,8 +97,5 @@ def check_not_quantised(directory: Path) -> None:
 
 def read_text_config(directory: Path) -> dict[str, Any]:
     """The language model's part of config.json."""
-    file = directory / "config.json"
-    if not file.is_file():
-        raise ValueError(f"target.path={str(directory)!r} has no config.json; give a complete model directory")
-    config = json.loads(file.read_text())
+    config = read_config(directory)
     return config.get("text_config", config)

@@ -159,3 +159,88 @@ def test_mask_token_resolution_order(tmp_path):
         resolve_mask_token(None, target)
     with pytest.raises(ValueError, match="draft.mask_token_id=13 is not below.*vocab_size=13"):
         resolve_mask_token(V, target)
+
+
+# --- of the hub, without the hub --------------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def snapshot(tmp_path, monkeypatch):
+    """Where the hub's client looks for org/model at COMMIT; nothing answers on the network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    directory = tmp_path / "hub" / "models--org--model" / "snapshots" / COMMIT
+    directory.mkdir(parents=True)
+    return directory
+
+
+def test_a_cached_snapshot_needs_no_network(snapshot):
+    write_target(snapshot)
+    target = TargetConfig(path="org/model", revision=COMMIT)
+    for weights in (True, False):
+        assert open_target(target, weights=weights).directory == snapshot
+    with pytest.raises(ValueError, match="target.path='org/model' at target.revision='main'.*not whole in the hub's"):
+        open_target(TargetConfig(path="org/model", revision="main"))
+
+
+def test_a_part_of_a_snapshot_is_not_taken_for_all_of_it(snapshot):
+    """`plan` and `export` leave its JSON files, and a broken download some of its shards."""
+    write_target(snapshot)
+    target = TargetConfig(path="org/model", revision=COMMIT)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert open_target(target, weights=False).hidden_size == H
+    with pytest.raises(ValueError, match="not whole"):
+        open_target(target)
+    save_file({"b": random_matrix(2, 2)}, snapshot / "model-2.safetensors")
+    assert open_target(target).hidden_size == H
+    (snapshot / "config.json").write_text(json.dumps({"vision_config": {}, "text_config": TEXT}))
+    with pytest.raises(ValueError, match="not whole"):  # its image processor is not there
+        open_target(target)
+    (snapshot / "preprocessor_config.json").write_text("{}")
+    assert open_target(target).hidden_size == H
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n",
+            "a Git-LFS pointer: run `git lfs pull`",
+        ),
+        (None, "is no whole safetensors file.*; download it again"),  # cut off
+        (b"", "is no whole safetensors file.*; download it again"),
+    ],
+)
+def test_broken_weights_are_named(tmp_path, content, said):
+    config = write_target(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9] if content is None else content)
+    with pytest.raises(ValueError, match=f"{file}.*{said}"):
+        load_frozen(config, open_target(config), jnp.float32)
+
+
+def test_other_broken_files_are_named(tmp_path):
+    config = write_target(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"model.embed_tokens.weight": "gone"}}')
+    with pytest.raises(ValueError, match="/gone is no whole safetensors file"):
+        load_frozen(config, open_target(config), jnp.float32)
+    (tmp_path / "tokenizer.json").write_text('{"model"')
+    with pytest.raises(ValueError, match="tokenizer.json is no whole JSON file"):
+        make_draft_config(DraftOptions(num_layers=3), open_target(config))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is no whole JSON file.*; download it again"):
+        open_target(config)
+
+
+def test_a_config_of_another_kind_is_refused_by_name(tmp_path):
+    config = write_target(tmp_path)
+    text = {name: value for name, value in TEXT.items() if name != "num_attention_heads"}
+    (tmp_path / "config.json").write_text(json.dumps(text | {"n_head": 2}))
+    with pytest.raises(ValueError, match="num_attention_heads=None in its config.json"):
+        make_draft_config(DraftOptions(num_layers=3), open_target(config))
+    assert make_draft_config(DraftOptions(num_layers=3, num_heads=2, head_dim=4), open_target(config)).num_heads == 2

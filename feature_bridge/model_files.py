@@ -1,0 +1,132 @@
+"""A model's directory as both sides read it: brought from the hub, its JSON, its safetensors. Neither torch nor jax.
+
+A file that is missing, cut off or only a Git-LFS pointer is a ValueError with its name and what to do about it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+INDEX = "model.safetensors.index.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+
+
+def find_model(path: str, revision: str | None, *, weights: bool) -> Path:
+    """The local directory of a target: `path` itself, or the hub's snapshot of it, downloaded where it is not cached.
+
+    A snapshot that is whole in the cache is used as it is, without a word to the hub.
+
+    Args:
+      path: directory, or hub id (org/name).
+      revision: of the hub id, pinned.
+      weights: all files are needed; otherwise its JSON alone is downloaded, config and tokenizer.
+
+    Raises:
+      ValueError: no such directory, a hub id without a revision, or one that cannot be had.
+    """
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if directory.is_absolute() or path.count("/") != 1 or path.startswith("."):
+        raise ValueError(f"target.path={path!r} does not exist; give a model directory or a hub id (org/name)")
+    if revision is None:
+        raise ValueError(
+            f"target.path={path!r} is no directory, and as a hub id it needs target.revision: pin a commit"
+        )
+    from huggingface_hub import snapshot_download  # only a hub id needs it
+
+    options: dict[str, Any] = {"revision": revision}
+    if not weights:
+        options["allow_patterns"] = ["*.json"]
+    with contextlib.suppress(Exception):  # not there: the hub's client has several words for it
+        snapshot = Path(snapshot_download(path, local_files_only=True, **options))
+        if is_whole(snapshot, weights=weights):
+            return snapshot
+    try:
+        return Path(snapshot_download(path, **options))
+    except Exception as error:  # many kinds, each of them the same to the user
+        raise ValueError(
+            f"target.path={path!r} at target.revision={revision!r} is not whole in the hub's cache and could not be "
+            f"downloaded ({type(error).__name__}: {_first_line(error)}); check both, or give a local directory"
+        ) from error
+
+
+def is_whole(snapshot: Path, *, weights: bool) -> bool:
+    """Whether a cached snapshot has what is needed; what was read from the hub before may have been a part of it.
+
+    The hub's client gives a file its name only once all of it is there.
+    """
+    if not (snapshot / "config.json").is_file() or not any((snapshot / name).is_file() for name in TOKENIZERS):
+        return False
+    if not weights:
+        return True
+    sees = "vision_config" in read_json(snapshot / "config.json")
+    if sees and not any((snapshot / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        return False
+    try:
+        return bool(tensor_files(snapshot))
+    except ValueError:
+        return False
+
+
+def tensor_files(directory: Path) -> list[Path]:
+    """The model's safetensors files, those of its index where it has one; empty: none.
+
+    Raises:
+      ValueError: the index names a file that is not there.
+    """
+    if not (directory / INDEX).is_file():
+        return sorted(directory.glob("*.safetensors"))
+    files = sorted({directory / name for name in read_json(directory / INDEX)["weight_map"].values()})
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{directory / INDEX} names {file.name}, which is not there; download the model again")
+    return files
+
+
+@contextlib.contextmanager
+def open_tensors(file: str | Path, framework: str) -> Iterator[Any]:
+    """`safetensors.safe_open`. Raises ValueError: the file cannot be read, names it and says why."""
+    try:
+        opened = safe_open(file, framework=framework)
+    except (SafetensorError, OSError) as error:
+        why = _first_line(error)
+        raise ValueError(f"{file} is no whole safetensors file ({why}); {_remedy(Path(file))}") from error
+    with opened as tensors:
+        yield tensors
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file. Raises ValueError: it cannot be read, names it and says why."""
+    try:
+        return json.loads(file.read_text())
+    except (ValueError, OSError) as error:  # UnicodeDecodeError is a ValueError
+        raise ValueError(f"{file} is no whole JSON file ({_first_line(error)}); {_remedy(file)}") from error
+
+
+def read_config(directory: str | Path, field: str = "target.path") -> dict[str, Any]:
+    """A model's config.json. Raises ValueError: there is none in the directory that `field` names, or it is broken."""
+    file = Path(directory) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{field}={str(directory)!r} has no config.json; give a complete model directory")
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds no JSON object; download it again")
+    return config
+
+
+def _remedy(file: Path) -> str:
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        if stream.read(40).startswith(b"version https://git-lfs"):
+            return "it is a Git-LFS pointer: run `git lfs pull` there, or download it again"
+    return "download it again"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
