@@ -9,6 +9,7 @@ import base64
 import binascii
 import io
 import os
+import traceback
 import urllib.parse
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,19 @@ Media = str | bytes
 
 _EXIF_ORIENTATION = 0x0112
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # 16 bits a channel
+_LONGEST_REASON = 300  # characters: a record's own text can be megabytes
 
 
 class SampleError(Exception):
-    """A sample that cannot be used. `kind` is a short phrase to count by, `reason` says it in full."""
+    """A sample that cannot be used. `kind` is a short phrase to count by, `reason` says it in full.
+
+    A long reason loses its middle: what it is about comes first, the remedy last.
+    """
 
     def __init__(self, kind: str, reason: str):
+        if len(reason) > _LONGEST_REASON:
+            half = _LONGEST_REASON // 2 - 2
+            reason = f"{reason[:half]} .. {reason[-half:]}"
         super().__init__(reason)
         self.kind = kind
         self.reason = reason
@@ -64,7 +72,7 @@ def resolve(value: Any, folder: Path, what: str = "picture") -> Media:
     if scheme in ("http", "https"):
         raise broken(what, f"at {_shorten(value)} is remote; download it and give its path")
     if scheme == "file":
-        value = urllib.parse.unquote(urllib.parse.urlparse(value).path)
+        value = _path_of(value, what)
     return os.path.abspath(folder / value)
 
 
@@ -117,6 +125,13 @@ def broken(what: str, reason: str) -> MediaError:
     return MediaError(f"{what} {reason}", f"broken {what.split()[-1]}")
 
 
+def unexpected(error: Exception) -> SampleError:
+    """The last resort for an error that nobody foresaw: one sample is lost instead of the run."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    name = f"{type(error).__name__} in {os.path.basename(place.filename)}:{place.lineno}"
+    return SampleError("unexpected error", f"unexpected error, please report it: {name}: {error}")
+
+
 def describe(media: Media) -> str:
     """A short name for messages."""
     return f"<{len(media)} bytes>" if isinstance(media, bytes) else _shorten(media)
@@ -136,6 +151,18 @@ def _header(picture: Image.Image, name: str) -> int:
         return int(picture.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception as error:  # as above
         raise MediaError(f"picture {name} has broken EXIF data: {error}") from error
+
+
+def _path_of(url: str, what: str) -> str:
+    """The path of a `file:` URL. Not by `urlparse`: people write "#", "?" and "[" of a file's name as they are."""
+    rest = url.partition(":")[2]
+    if rest.startswith("//"):
+        host, slash, path = rest[2:].partition("/")
+        if host not in ("", "localhost"):
+            remedy = "write file:///absolute/path, or a relative path without file://"
+            raise broken(what, f"at {_shorten(url)} is on the host {_shorten(host)!r} by its URL; {remedy}")
+        rest = slash + path
+    return urllib.parse.unquote(rest)
 
 
 def _percent_decode(body: str) -> bytes:

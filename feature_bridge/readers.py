@@ -21,7 +21,7 @@ import torch
 
 from feature_bridge.contracts import DataSpec, Split, TargetSpec
 from feature_bridge.index import Index
-from feature_bridge.media import MediaError
+from feature_bridge.media import MediaError, unexpected
 from feature_bridge.processors import load_processor
 from feature_bridge.requests import request_of
 from feature_bridge.samples import Sample
@@ -35,13 +35,17 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def load(index: Index, position: int) -> Loaded:
-    """Reads a sample and renders its pictures and videos."""
+    """Reads a sample and renders its pictures and videos. Raises MemoryError: no other fault stops a run."""
     sample = None
     try:
         sample = index.sample(position)
         return sample, request_of(sample, index.processor), None
     except (MediaError, ValueError, OSError) as error:
         return sample, None, str(error)
+    except MemoryError:
+        raise
+    except Exception as error:
+        return sample, None, f"sample {index.entries[position].sample_id}: {unexpected(error)}"
 
 
 class Readers:

@@ -20,7 +20,7 @@ from typing import Any
 
 from feature_bridge import samples
 from feature_bridge.contracts import DataSpec, TargetSpec
-from feature_bridge.media import SampleError
+from feature_bridge.media import SampleError, unexpected
 from feature_bridge.processors import Processor, load_processor
 from feature_bridge.sources import Source, open_source
 
@@ -66,14 +66,21 @@ def scan(
 
 
 def scan_row(source: Source, row: int, processor: Processor, data: DataSpec) -> Entry:
-    """Reads one record and makes its sample once; its pictures and videos are decoded."""
+    """Reads one record and makes its sample once; its pictures and videos are decoded.
+
+    Raises:
+        OSError, MemoryError: of the data file and the machine; what else is wrong is wrong with this one sample.
+    """
     where, files = source.where(row), ()
     try:
         record = source.read(row)
         files = tuple(file_state(path) for path in samples.media_files(record, where, source.folder))
         sample = samples.make_sample(record, where, source.folder, processor, data)
-    except SampleError as error:
-        return Entry(row=row, kind=error.kind, reason=error.reason, files=files)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        skip = error if isinstance(error, SampleError) else unexpected(error)
+        return Entry(row=row, kind=skip.kind, reason=skip.reason, files=files)
     return Entry(
         row=row,
         sample_id=sample.sample_id,

@@ -42,11 +42,14 @@ class VideoRules:
             self._rules.max_frames = max_frames
 
     def sample(self, clip: Clip, fps: float | None) -> tuple[int, ...]:
-        """Which frames are taken, ascending. Raises MediaError: the video is too short for this rule."""
+        """Which frames are taken, ascending. Raises MediaError: the rule finds none at this fps."""
+        fps = fps or self._fps
         try:
-            indices = self._rules.sample_frames(metadata=_metadata(clip, None), fps=fps or self._fps)
-        except (ValueError, ZeroDivisionError, RuntimeError) as error:
-            raise MediaError(f"video of {clip.num_frames} frames cannot be sampled: {error}", "broken video") from error
+            indices = self._rules.sample_frames(metadata=_metadata(clip, None), fps=fps)
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            raise MediaError(
+                f"video of {clip.num_frames} frames cannot be sampled at fps={fps:g}: {error}", "broken video"
+            ) from error
         return tuple(sorted({min(int(i), clip.num_frames - 1) for i in indices}))
 
     def grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:

@@ -1,0 +1,77 @@
+"""Pictures as people give them: paths, URLs and bytes, each read right or refused in one short sentence."""
+
+import pytest
+from sample_helpers import chat, data_spec, load_family, wrap, write_jsonl
+
+from feature_bridge import media, samples
+from feature_bridge import readers as readers_module
+from feature_bridge.contracts import TargetSpec
+from feature_bridge.index import build_indexes
+from feature_bridge.media import MediaError
+from feature_bridge.processors import Processor
+from feature_bridge.video import Clip
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    return wrap(load_family("qwen3.5"))
+
+
+# --- paths and URLs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ha#sh.png", "what?.png", "[2024] trip.png", "a b%41.png"])
+def test_file_url_names_the_file_it_spells(name, tmp_path):
+    """Quoted as the standard wants it, and with the special characters as people leave them."""
+    (tmp_path / name).write_bytes(name.encode())
+    quoted = name.replace("%", "%25")
+    for url in (f"file://{tmp_path}/{quoted}", f"FILE://localhost{tmp_path}/{quoted}", f"file:{quoted}"):
+        assert media.read(media.resolve(url, tmp_path)) == name.encode()
+
+
+@pytest.mark.parametrize("url", ["file://[2024] trip/a.jpg", "file://ok.png", "file://[::1"])
+def test_file_url_of_another_host_is_refused(url, tmp_path):
+    with pytest.raises(MediaError, match=r"is on the host '[^/]*' by its URL; write file:///absolute/path, or"):
+        media.resolve(url, tmp_path)
+
+
+# --- one sample never stops the others --------------------------------------------------------------------------------
+
+
+def test_what_nobody_foresaw_costs_one_sample(processor, tmp_path, monkeypatch):
+    """In the index it is a skip of its own kind; while training, a fault. A machine out of memory is no such thing."""
+    records = [chat("Q", "A good answer.", id=name) for name in ("a", "bad", "c")]
+    spec = data_spec(train_path=str(write_jsonl(tmp_path / "t.jsonl", records)))
+    target, make_sample, error = TargetSpec(path="", layer_ids=(0,)), samples.make_sample, KeyError("what " * 999)
+
+    def failing(record, *arguments, **options):
+        if record["id"] == "bad":
+            raise error
+        return make_sample(record, *arguments, **options)
+
+    whole = build_indexes(target, spec, processor)["train"]
+    monkeypatch.setattr(samples, "make_sample", failing)
+    index = build_indexes(target, spec, processor)["train"]
+    assert [entry.sample_id for entry in index.entries] == ["a", "c"]
+    assert index.counts["skipped: unexpected error"] == 1
+    assert index.skipped[0].where == "t.jsonl:2"
+    found = [readers_module.load(whole, position) for position in range(3)]
+    assert [fault is None for _, _, fault in found] == [True, False, True]
+    for reason in (index.skipped[0].reason, found[1][2]):
+        assert "unexpected error, please report it: KeyError in test_media.py:" in reason
+        assert len(reason) < 400
+    error = MemoryError("no more")
+    for read in (lambda: build_indexes(target, spec, processor), lambda: readers_module.load(whole, 1)):
+        with pytest.raises(MemoryError):
+            read()
+
+
+@pytest.mark.parametrize("family", ["qwen3.5", "qwen3-vl", "qwen2.5-vl"])
+def test_extreme_fps_is_refused_or_sampled(family):
+    rules = wrap(load_family(family)).videos
+    clip = Clip(40, 10.0, 48, 64)
+    for fps in (1e308, 1e12, 1e-12, 1e-300):
+        try:
+            assert set(rules.sample(clip, fps)) <= set(range(40))
+        except MediaError as error:
+            assert f"video of 40 frames cannot be sampled at fps={fps:g}" in str(error)  # noqa: PT017
