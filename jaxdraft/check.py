@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from jaxtyping import UInt8
 from rich.console import Console
 from rich.table import Table
 
+from feature_bridge.model_files import read_json
 from jaxdraft.bridges import Bridge, BridgeError
 from jaxdraft.cli import parse_args, run_command
 from jaxdraft.config import Config
@@ -63,7 +63,7 @@ def trained_config(directory: str | Path) -> DraftConfig:
     Raises ValueError: neither can be read.
     """
     file = Path(directory) / "export.json"
-    about = json.loads(file.read_text()) if file.is_file() else {}
+    about = read_json(file) if file.is_file() else {}
     if "draft" not in about:
         return read_draft_config(directory)
     return msgspec.convert(about["draft"], DraftConfig)
@@ -80,7 +80,7 @@ def check_directory(directory: str | Path, target_config: Mapping[str, Any]) -> 
     except ValueError as error:
         return Verdict(system="files", status="failed", difference=difference or str(error)), None, draft
     file = Path(directory) / "export.json"
-    recorded = json.loads(file.read_text()).get("tensors", {}) if file.is_file() else {}
+    recorded = read_json(file).get("tensors", {}) if file.is_file() else {}
     stored = {name: digest(np.asarray(tensor)) for name, tensor in tensors.items()}
     difference = difference or (tensor_difference(stored, recorded) if recorded else "")
     params = {name: jnp.asarray(array, jnp.float32) for name, array in from_tensors(tensors, draft).items()}

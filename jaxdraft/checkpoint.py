@@ -118,9 +118,9 @@ def pick_step(checkpoints: Checkpoints, which: int | str | None, run_dir: Path) 
     }
     step = named.get(which, which)
     there = _steps(run_dir / "checkpoints")
-    if step is None or int(step) not in there:
+    if step is None or str(step) not in map(str, there):
         raise ValueError(
-            f"{run_dir} has no checkpoint {'' if which is None else which!r}; "
+            f"{run_dir} has no checkpoint{'' if which is None else f' {which!r} (a number, best, latest or first)'}; "
             f"there are: {', '.join(map(str, there)) or 'none, give the directory of a run'}"
         )
     return int(step)
@@ -146,7 +146,8 @@ def check_resume(saved: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
       ValueError: names the first such field, both values, and the remedy.
     """
-    old, new = (_flatten({k: v for k, v in meta.items() if k != "versions"}) for meta in (saved, now))
+    own = ("versions", "evaluation_due")  # of one checkpoint, not of the run
+    old, new = (_flatten({k: v for k, v in meta.items() if k not in own}) for meta in (saved, now))
     for name in sorted(old.keys() | new.keys()):
         field = name.removeprefix("config.")
         if field in RESUME_MAY_CHANGE or field.startswith("bridge.sglang_args"):

@@ -15,6 +15,8 @@ from typing import Any, Literal
 from jaxdraft.losses import LossConfig
 from jaxdraft.optim import OptimConfig
 
+CONFIG_FILE = "config.json"  # a run's config in its directory, as it was at its last start
+
 
 @dataclass(frozen=True, kw_only=True)
 class TargetConfig:

@@ -8,17 +8,16 @@ checkpoint of SpecForge. `draft.init_from` reads them as they are; the command w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors import safe_open
 
+from feature_bridge.model_files import open_tensors, read_config, read_json
 from jaxdraft.cli import parse_options, run_command
-from jaxdraft.export import Form, check_tensors, export_draft
+from jaxdraft.export import Form, check_tensors, export_draft, read_target
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.speculators import OF_THE_TARGET, from_speculators, is_speculators
 
@@ -36,7 +35,7 @@ def load_draft(directory: str | Path) -> tuple[dict[str, np.ndarray], DraftConfi
     config = read_draft_config(directory)
     tensors: dict[str, np.ndarray] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, framework="flax") as stored:  # numpy's own reader knows no bfloat16
+        with open_tensors(file, "flax") as stored:  # numpy's own reader knows no bfloat16
             tensors |= {name.removeprefix("model."): np.asarray(stored.get_tensor(name)) for name in stored.keys()}  # noqa: SIM118
     if form_of(directory) == "speculators":
         tensors = {name: tensor for name, tensor in tensors.items() if name not in OF_THE_TARGET}
@@ -56,7 +55,7 @@ def read_draft_config(directory: str | Path) -> DraftConfig:
       ValueError: no config.json, or a field that this model does not compute.
     """
     file = Path(directory) / "config.json"
-    config = _read_config(directory)
+    config = read_config(directory, "draft")
     try:
         return parse_draft_config(from_speculators(config) if is_speculators(config) else config)
     except KeyError as error:
@@ -67,14 +66,7 @@ def read_draft_config(directory: str | Path) -> DraftConfig:
 
 def form_of(directory: str | Path) -> str:
     """ "dflash" or "speculators". Raises ValueError: no config.json."""
-    return "speculators" if is_speculators(_read_config(directory)) else "dflash"
-
-
-def _read_config(directory: str | Path) -> dict[str, Any]:
-    file = Path(directory) / "config.json"
-    if not file.is_file():
-        raise ValueError(f"draft {directory} has no config.json; give an exported draft's directory")
-    return json.loads(file.read_text())
+    return "speculators" if is_speculators(read_config(directory, "draft")) else "dflash"
 
 
 def parse_draft_config(config: Mapping[str, Any]) -> DraftConfig:
@@ -135,7 +127,9 @@ class Arguments:
     draft: str
     """Directory of the draft: z-lab's, SpecForge's, SGLang's, speculators' or ours."""
     target: str
-    """Directory of its target."""
+    """Directory or hub id of its target."""
+    revision: str | None = None
+    """Pinned hub revision of --target."""
     output: str
     """Directory to write."""
     format: Form = "dflash"
@@ -147,20 +141,23 @@ class Arguments:
 def convert(arguments: Arguments) -> Path:
     """Raises ValueError: no such draft or target, or one that does not fit the other."""
     tensors, config = load_draft(arguments.draft)
-    file = Path(arguments.target) / "config.json"
-    if not file.is_file():
-        raise ValueError(f"--target {arguments.target} has no config.json; give the target's directory")
-    about = Path(arguments.draft) / "export.json"
-    capture = json.loads(about.read_text())["capture"] if about.is_file() else "layer_output"
+    if Path(arguments.output).resolve() == Path(arguments.draft).resolve():
+        raise ValueError(f"--output {arguments.output} is --draft itself and would replace it; give another directory")
+    file = Path(arguments.draft) / "export.json"
+    about = read_json(file) if file.is_file() else {}
     return export_draft(
         tensors,
         config,
-        json.loads(file.read_text()),
+        read_target(arguments.target, arguments.revision),
         arguments.output,
         dtype=arguments.dtype,
         form=arguments.format,
-        capture=capture,
-        provenance={"target": arguments.target, "converted_from": arguments.draft},
+        capture=about.get("capture", "layer_output"),
+        provenance={
+            "target": arguments.target,
+            "converted_from": arguments.draft,
+            "backend": about.get("backend"),
+        },
     )
 
 

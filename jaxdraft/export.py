@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 from safetensors.numpy import save_file
 
+from feature_bridge.model_files import find_model, read_config, read_json
 from jaxdraft.checkpoint import Checkpoints, load_params
 from jaxdraft.cli import parse_options, run_command
 from jaxdraft.curves import curves_svg, read_metrics
@@ -71,13 +72,16 @@ def export_draft(
     directory = Path(directory)
     check_target(config, target)
     written = check_tensors(tensors, config, dtype)
-    if directory.exists() and any(directory.iterdir()) and not (directory / "export.json").is_file():
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / "export.json").is_file():
         raise ValueError(f"--output {directory} is not empty and holds no earlier export; give another directory")
 
-    directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = directory.parent / f".{directory.name}.writing-{os.getpid()}"
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        why = error.strerror
+        raise ValueError(f"--output {directory} cannot be written ({why}); give another directory") from error
     try:
         # "pt" is what transformers insists on; it says nothing about the bytes.
         save_file(written, unfinished / "model.safetensors", metadata={"format": "pt"})
@@ -123,7 +127,7 @@ def write_card(
     The rest is of `model_card.model_card`: `recipe`, `data`, `summary`. May be called again when more is known.
     """
     directory = Path(directory)
-    about = json.loads((directory / "export.json").read_text())
+    about = read_json(directory / "export.json")
     if curves := curves_svg(metrics):
         (directory / "curves.svg").write_text(curves)
     (directory / "README.md").write_text(model_card(config, about, has_curves=bool(curves), **card))
@@ -278,7 +282,9 @@ class Arguments:
     step: str = "best"
     """Which checkpoint: a step's number, best (on held-out data; the latest where none was rated), latest or first."""
     target: str | None = None
-    """Directory of the target; None: where it was during training."""
+    """Directory or hub id of the target; None: where it was during training."""
+    revision: str | None = None
+    """Pinned hub revision of --target; None: the run's."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the written tensors."""
     format: Form = "dflash"
@@ -294,27 +300,39 @@ def export_run(arguments: Arguments) -> Path:
             step = "latest" if checkpoints.best is None else "best"
     params, meta = load_params(run_dir, step)
     config = msgspec.convert(meta["draft"], DraftConfig)
-    target = arguments.target or meta["config"]["target"]["path"]
-    file = Path(target) / "config.json"
-    if not file.is_file():
-        raise ValueError(f"the run's target {target} has no config.json here; say where the target is with --target")
+    trained = meta["config"]["target"]
+    target, revision = arguments.target or trained["path"], arguments.revision or trained["revision"]
     return export_draft(
         to_tensors(params, config),
         config,
-        json.loads(file.read_text()),
+        read_target(target, revision),
         arguments.output,
         dtype=arguments.dtype,
         form=arguments.format,
         capture=meta["capture"],
-        provenance={"run": meta["config"]["name"], "step": meta["step"], "target": target},
+        provenance={
+            "run": meta["config"]["name"],
+            "step": meta["step"],
+            "target": target,
+            "backend": meta.get("backend"),  # None: of a run that did not write it down
+        },
         card={"recipe": meta["config"], **_known_of(run_dir, meta["step"])},
     )
+
+
+def read_target(path: str, revision: str | None) -> dict[str, Any]:
+    """The config.json of a target, a directory or a hub id. Raises ValueError: there is none."""
+    try:
+        return read_config(find_model(path, revision, weights=False), "target")
+    except ValueError as error:
+        message = str(error).replace("target.path=", "target ").replace("target.revision", "--revision")
+        raise ValueError(f"{message}; --target says where it is") from error
 
 
 def _known_of(run_dir: Path, step: int) -> dict[str, Any]:
     """What a run's directory tells the model card: curves, data, and the evaluation where that is of this step."""
     file = run_dir / "summary.json"
-    summary = json.loads(file.read_text()) if file.is_file() else {}
+    summary = read_json(file) if file.is_file() else {}
     return {
         "metrics": read_metrics(run_dir / "metrics.jsonl", step),
         "data": summary.get("data"),

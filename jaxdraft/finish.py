@@ -64,7 +64,12 @@ def finish(
                 target.config,
                 directory,
                 capture=bridge.ready.target.capture,
-                provenance={"run": config.name, "step": step, "target": config.target.path},
+                provenance={
+                    "run": config.name,
+                    "step": step,
+                    "target": config.target.path,
+                    "backend": bridge.ready.target.backend,
+                },
             )
         )
 

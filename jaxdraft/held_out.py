@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from feature_bridge.model_files import read_json
 from jaxdraft.bridges import Bridge, open_bridge
 from jaxdraft.config import Config
 from jaxdraft.model.dflash import DraftConfig
@@ -85,7 +85,7 @@ def check_capture(directory: str | Path, capture: str) -> None:
     Raises ValueError.
     """
     file = Path(directory) / "export.json"
-    trained = json.loads(file.read_text())["capture"] if file.is_file() else capture
+    trained = read_json(file)["capture"] if file.is_file() else capture
     if trained != capture:
         raise ValueError(
             f"the draft was trained on capture={trained!r} and this target gives {capture!r}; "

@@ -73,6 +73,7 @@ def model_card(
         "layers, heads, head_dim": f"{config.num_layers}, {config.num_heads}/{config.num_kv_heads}, {config.head_dim}",
         "block size": f"{config.block_size}: the anchor and {config.block_size - 1} proposed tokens",
         "target layers read": f"{list(config.target_layer_ids)} of {config.num_target_layers} ({about['capture']})",
+        "trained on features of": about.get("backend") or "-",
         "mask token id": config.mask_token_id,
         "rope_theta": f"{config.rope_theta:g}",
     }

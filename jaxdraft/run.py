@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxdraft.checkpoint import as_json
-from jaxdraft.config import Config
+from jaxdraft.config import CONFIG_FILE, Config
 from jaxdraft.data import Schedule, plan_eval
 from jaxdraft.distributed import is_first, wait_for_all
 from jaxdraft.model.dflash import DraftConfig
@@ -26,12 +27,23 @@ VERSIONED = ("jaxdraft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
 def open_run_dir(config: Config) -> Path:
-    """OUTPUT_DIR/NAME, created; with `fresh`, what was there is moved aside first."""
+    """OUTPUT_DIR/NAME, created, the config in it; with `fresh`, what was there is moved aside first.
+
+    Raises:
+      ValueError: the directory cannot be written.
+    """
     run_dir = config.run_dir
-    if config.fresh and run_dir.exists() and is_first():
-        run_dir.rename(run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
-    wait_for_all("directory of the run")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        if config.fresh and run_dir.exists() and is_first():
+            run_dir.rename(run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+        wait_for_all("directory of the run")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if is_first():  # for `--config RUN`: what the run really had, command line included
+            write_json(run_dir / CONFIG_FILE, as_json(dataclasses.replace(config, fresh=False)))
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={config.output_dir!r} cannot hold the run {config.name} ({error.strerror}); give another"
+        ) from error
     return run_dir
 
 
@@ -135,6 +147,7 @@ def run_meta(config: Config, draft: DraftConfig, plan: Plan, ready: Any) -> dict
             "capture": ready.target.capture,
             "rows_per_step": plan.rows_per_step,
             "total_steps": plan.total_steps,
+            "backend": ready.target.backend,
             "versions": {name: metadata.version(name) for name in VERSIONED},
         }
     )

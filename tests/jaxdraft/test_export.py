@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from feature_bridge.cpu_stand_ins import torchvision_ops
 from jaxdraft.checkpoint import Checkpoints, as_json, load_params
 from jaxdraft.config import Config, DataConfig, TargetConfig
-from jaxdraft.convert import load_draft, parse_draft_config
+from jaxdraft.convert import Arguments as ConvertArguments
+from jaxdraft.convert import convert, load_draft, parse_draft_config
 from jaxdraft.export import Arguments, check_tensors, export_draft, export_run, hf_config
 from jaxdraft.model.dflash import DraftConfig, bind
 from jaxdraft.model.tensors import from_tensors, tensor_table, to_tensors
@@ -353,6 +354,53 @@ def test_exports_a_checkpoint_of_a_run(run_dir, tmp_path, step, chosen):
     assert (about["step"], about["run"], about["capture"]) == (chosen, "run", "layer_output")
 
 
+def test_a_step_that_is_no_step(run_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"no checkpoint 'bst' \(a number, best, .*there are: 1, 2"):
+        export_run(Arguments(checkpoint=str(run_dir), output=str(tmp_path / "draft"), step="bst"))
+
+
+def test_the_target_may_be_a_hub_id(run_dir, tmp_path, monkeypatch):
+    """Of which config.json alone is needed: here it lies in the hub's cache, and nothing answers on the network."""
+    from huggingface_hub import constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(TARGET))
+    (snapshot / "tokenizer.json").write_text("{}")
+    draft = tmp_path / "draft"
+    on_hub = {"target": "org/model", "revision": commit}
+    export_run(Arguments(checkpoint=str(run_dir), output=str(draft), **on_hub))
+    assert json.loads((draft / "export.json").read_text())["target"] == "org/model"
+    convert(ConvertArguments(draft=str(draft), output=str(tmp_path / "converted"), **on_hub))
+    assert load_draft(tmp_path / "converted")[1] == SLIDING
+    with pytest.raises(ValueError, match="as a hub id it needs --revision"):
+        convert(ConvertArguments(draft=str(draft), output=str(tmp_path / "again"), target="org/model"))
+
+
+def test_an_output_that_cannot_be(run_dir, tmp_path):
+    export = Arguments(checkpoint=str(run_dir), output=str(tmp_path / "draft"))
+    export_run(export)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--output .*file/draft cannot be written"):
+        export_run(dataclasses.replace(export, output=str(tmp_path / "file" / "draft")))
+    draft = str(tmp_path / "draft")
+    again = ConvertArguments(draft=draft, output=f"{draft}/../draft", target=str(run_dir.parent / "target"))
+    with pytest.raises(ValueError, match="--output .* is --draft itself"):
+        convert(again)
+    assert load_draft(tmp_path / "draft")[1] == SLIDING
+
+
+def test_the_export_names_what_made_the_features(run_dir, tmp_path, monkeypatch):
+    params, meta = load_params(run_dir)
+    monkeypatch.setattr("jaxdraft.export.load_params", lambda *_: (params, meta | {"backend": "sglang 0.5.20 (cpu)"}))
+    export_run(Arguments(checkpoint=str(run_dir), output=str(tmp_path / "draft")))
+    assert json.loads((tmp_path / "draft" / "export.json").read_text())["backend"] == "sglang 0.5.20 (cpu)"
+    assert "| trained on features of | sglang 0.5.20 (cpu) |" in (tmp_path / "draft" / "README.md").read_text()
+
+
 def test_a_checkpoint_with_a_missing_tensor_is_not_exported(run_dir, tmp_path, monkeypatch):
     params, meta = load_params(run_dir)
     del params["layers.1.self_attn.k_norm"]
@@ -364,7 +412,7 @@ def test_a_checkpoint_with_a_missing_tensor_is_not_exported(run_dir, tmp_path, m
 
 def test_a_run_whose_target_has_moved(run_dir, tmp_path):
     arguments = Arguments(checkpoint=str(run_dir), output=str(tmp_path / "draft"), target=str(tmp_path / "gone"))
-    with pytest.raises(ValueError, match="gone has no config.json here; say where the target is with --target"):
+    with pytest.raises(ValueError, match="target '.*gone' does not exist.*--target says where it is"):
         export_run(arguments)
 
 
