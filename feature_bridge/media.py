@@ -9,6 +9,7 @@ import base64
 import binascii
 import io
 import os
+import re
 import traceback
 import urllib.parse
 from pathlib import Path
@@ -21,6 +22,8 @@ Media = str | bytes
 
 _EXIF_ORIENTATION = 0x0112
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # 16 bits a channel
+_LONGEST_PATH = 4096  # bytes, PATH_MAX of Linux
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{200,}={0,2}\s*")  # as long a path without a dot is hardly one
 _LONGEST_REASON = 300  # characters: a record's own text can be megabytes
 
 
@@ -73,7 +76,12 @@ def resolve(value: Any, folder: Path, what: str = "picture") -> Media:
         raise broken(what, f"at {_shorten(value)} is remote; download it and give its path")
     if scheme == "file":
         value = _path_of(value, what)
-    return os.path.abspath(folder / value)
+    path = os.path.abspath(folder / value)
+    if _BASE64.fullmatch(value) and not os.path.exists(path):
+        raise broken(what, f"at {_shorten(value)} looks like base64; write it as data:image/...;base64,...")
+    if len(path) > _LONGEST_PATH:
+        raise broken(what, f"at {_shorten(value)} is a text of {len(value)} characters, expected a path or a URL")
+    return path
 
 
 def read(media: Media, what: str = "picture") -> bytes:
@@ -93,7 +101,8 @@ def read(media: Media, what: str = "picture") -> bytes:
     except FileNotFoundError as error:
         raise broken(what, f"{media} does not exist") from error
     except (OSError, ValueError) as error:
-        raise broken(what, f"{_shorten(media)} cannot be read: {error}") from error
+        why = getattr(error, "strerror", None) or error  # an OSError's own text has the whole path once more
+        raise broken(what, f"{_shorten(media)} cannot be read: {why}") from error
 
 
 def size(encoded: bytes, name: str) -> tuple[int, int]:

@@ -1,7 +1,10 @@
 """Pictures as people give them: paths, URLs and bytes, each read right or refused in one short sentence."""
 
+import base64
+
+import numpy as np
 import pytest
-from sample_helpers import chat, data_spec, load_family, wrap, write_jsonl
+from sample_helpers import chat, data_spec, load_family, picture, png, wrap, write_jsonl
 
 from feature_bridge import media, samples
 from feature_bridge import readers as readers_module
@@ -9,12 +12,19 @@ from feature_bridge.contracts import TargetSpec
 from feature_bridge.index import build_indexes
 from feature_bridge.media import MediaError
 from feature_bridge.processors import Processor
+from feature_bridge.scan import scan_row
+from feature_bridge.sources import open_source
 from feature_bridge.video import Clip
 
 
 @pytest.fixture(scope="module")
 def processor() -> Processor:
     return wrap(load_family("qwen3.5"))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng()
 
 
 # --- paths and URLs ---------------------------------------------------------------------------------------------------
@@ -75,3 +85,25 @@ def test_extreme_fps_is_refused_or_sampled(family):
             assert set(rules.sample(clip, fps)) <= set(range(40))
         except MediaError as error:
             assert f"video of 40 frames cannot be sampled at fps={fps:g}" in str(error)  # noqa: PT017
+
+
+# --- what is no path --------------------------------------------------------------------------------------------------
+
+
+def test_base64_in_place_of_a_path_is_named_in_one_short_sentence(processor, rng, tmp_path):
+    """Neither the reason nor what the index keeps of the record's files has the megabytes."""
+    bare = base64.b64encode(png(picture(rng, 300, 300))).decode()
+    values = {
+        bare: "looks like base64; write it as data:image/",
+        bare[:300]: "looks like base64; write it as data:image/",
+    }
+    values |= {"no path. " * 1000: "is a text of 9000 characters", "x." * 200: "cannot be read: File name too long"}
+    source = open_source(str(write_jsonl(tmp_path / "t.jsonl", [chat("Q", "A", images=[v]) for v in values])), "f")
+    for row, reason in enumerate(values.values()):
+        entry = scan_row(source, row, processor, data_spec())
+        assert (reason in entry.reason, entry.kind) == (True, "broken picture")
+        assert len(entry.reason) <= 300
+        assert sum(len(file[0]) for file in entry.files) < 1000
+    name = "a" * 200  # a file is what it is called
+    (tmp_path / name).write_bytes(b"x")
+    assert media.read(media.resolve(name, tmp_path)) == b"x"
