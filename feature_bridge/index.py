@@ -27,7 +27,7 @@ from feature_bridge.samples import Sample
 from feature_bridge.scan import Entry, Progress, entry_of, file_state, scan
 from feature_bridge.sources import Source, open_source
 
-INDEX_VERSION = 1  # raise it whenever the same record would give another sample
+INDEX_VERSION = 2  # raise it whenever the same record would give another sample
 MAX_LISTED = 1000  # skipped records that a table names; all are counted
 _FIELDS = [field.name for field in dataclasses.fields(Entry)]
 

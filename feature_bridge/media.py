@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 Media = str | bytes
 
 _EXIF_ORIENTATION = 0x0112
+_LYING = (5, 6, 7, 8)  # orientations that exchange height and width
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # 16 bits a channel
 _LONGEST_PATH = 4096  # bytes, PATH_MAX of Linux
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{200,}={0,2}\s*")  # as long a path without a dot is hardly one
@@ -109,7 +110,7 @@ def size(encoded: bytes, name: str) -> tuple[int, int]:
     """(height, width) of the upright picture, from its header alone. Raises MediaError."""
     with _open(encoded, name) as picture:
         width, height = picture.size
-        turned = _header(picture, name) >= 5
+        turned = picture.format != "TIFF" and _orientation(picture, name) in _LYING  # a TIFF's size is upright already
     return (width, height) if turned else (height, width)
 
 
@@ -121,10 +122,11 @@ def decode(encoded: bytes, name: str) -> Image.Image:
     with _open(encoded, name) as picture:
         try:
             picture.load()
-            if picture.mode in _DEEP_MODES:  # PIL would clip instead of scaling
-                high_byte = np.clip(np.asarray(picture).astype(np.int64) >> 8, 0, 255)
-                picture = Image.fromarray(high_byte.astype(np.uint8))
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            upright = ImageOps.exif_transpose(picture)  # first: what is made of an array has no EXIF data
+            if upright.mode in _DEEP_MODES:  # PIL would clip instead of scaling
+                high_byte = np.clip(np.asarray(upright).astype(np.int64) >> 8, 0, 255)
+                upright = Image.fromarray(high_byte.astype(np.uint8))
+            return upright.convert("RGB")
         except Exception as error:  # decoders of broken files raise nearly anything
             raise MediaError(f"picture {name} does not decode: {error}") from error
 
@@ -155,9 +157,10 @@ def _open(encoded: bytes, name: str) -> Image.Image:
         raise MediaError(f"picture {name} is not an image file that PIL reads") from error
 
 
-def _header(picture: Image.Image, name: str) -> int:
+def _orientation(picture: Image.Image, name: str) -> Any:
+    """1 to 8, or whatever else the file says."""
     try:
-        return int(picture.getexif().get(_EXIF_ORIENTATION, 1))
+        return picture.getexif().get(_EXIF_ORIENTATION)
     except Exception as error:  # as above
         raise MediaError(f"picture {name} has broken EXIF data: {error}") from error
 

@@ -1,9 +1,11 @@
 """Pictures as people give them: paths, URLs and bytes, each read right or refused in one short sentence."""
 
 import base64
+import io
 
 import numpy as np
 import pytest
+from PIL import Image
 from sample_helpers import chat, data_spec, load_family, picture, png, wrap, write_jsonl
 
 from feature_bridge import media, samples
@@ -107,3 +109,43 @@ def test_base64_in_place_of_a_path_is_named_in_one_short_sentence(processor, rng
     name = "a" * 200  # a file is what it is called
     (tmp_path / name).write_bytes(b"x")
     assert media.read(media.resolve(name, tmp_path)) == b"x"
+
+
+# --- orientation and depth --------------------------------------------------------------------------------------------
+
+FORMATS = {
+    "PNG": ("L", "RGB", "RGBA", "P", "I;16", "1"),
+    "TIFF": ("L", "RGB", "RGBA", "P", "I;16", "1", "CMYK"),
+    "JPEG": ("L", "RGB", "CMYK"),
+    "WEBP": ("RGB", "RGBA"),
+    "AVIF": ("RGB", "RGBA"),
+}
+_TURNS = {1: "", 2: "h", 3: "rr", 4: "v", 5: "hr", 6: "rrr", 7: "hrrr", 8: "r"}  # flips and quarters to the left
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind, modes in FORMATS.items() for mode in modes])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_format_is_turned_upright_and_its_header_knows(kind, mode, orientation):
+    """Black but for its upper left quarter, which each orientation moves elsewhere."""
+    grey = np.zeros((32, 64), np.uint16)
+    grey[:16, :32] = 65535
+    stored = Image.fromarray(grey if mode == "I;16" else (grey >> 8).astype(np.uint8)).convert(mode)
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    stored.save(file, kind, exif=exif)
+    decoded = np.asarray(media.decode(file.getvalue(), "p"))
+    assert media.size(file.getvalue(), "p") == decoded.shape[:2]
+    expected = (grey >> 8).astype(int)
+    for step in _TURNS[orientation]:
+        expected = {"h": np.fliplr, "v": np.flipud, "r": np.rot90}[step](expected)
+    assert decoded.shape[:2] == expected.shape
+    assert np.abs(decoded[..., 0] - expected).mean() < 20  # compression
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 77])
+def test_an_orientation_that_there_is_not_turns_nothing(orientation, rng):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    picture(rng, 30, 20).save(file, "PNG", exif=exif)
+    assert media.size(file.getvalue(), "p") == (20, 30)
+    assert media.decode(file.getvalue(), "p").size == (30, 20)
