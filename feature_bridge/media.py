@@ -22,7 +22,7 @@ Media = str | bytes
 
 _EXIF_ORIENTATION = 0x0112
 _LYING = (5, 6, 7, 8)  # orientations that exchange height and width
-_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # 16 bits a channel
+_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # 16 bits a channel; "I": 32, of which files use 16
 _LONGEST_PATH = 4096  # bytes, PATH_MAX of Linux
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{200,}={0,2}\s*")  # as long a path without a dot is hardly one
 _LONGEST_REASON = 300  # characters: a record's own text can be megabytes
@@ -123,10 +123,7 @@ def decode(encoded: bytes, name: str) -> Image.Image:
         try:
             picture.load()
             upright = ImageOps.exif_transpose(picture)  # first: what is made of an array has no EXIF data
-            if upright.mode in _DEEP_MODES:  # PIL would clip instead of scaling
-                high_byte = np.clip(np.asarray(upright).astype(np.int64) >> 8, 0, 255)
-                upright = Image.fromarray(high_byte.astype(np.uint8))
-            return upright.convert("RGB")
+            return _eight_bits(upright).convert("RGB")
         except Exception as error:  # decoders of broken files raise nearly anything
             raise MediaError(f"picture {name} does not decode: {error}") from error
 
@@ -175,6 +172,20 @@ def _path_of(url: str, what: str) -> str:
             raise broken(what, f"at {_shorten(url)} is on the host {_shorten(host)!r} by its URL; {remedy}")
         rest = slash + path
     return urllib.parse.unquote(rest)
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """The picture with 8 bits a channel: PIL itself would clip deep ones instead of scaling them."""
+    remedy = "save it with 8 bits a channel"
+    if picture.mode == "F":
+        raise ValueError(f"its values are floating-point numbers, whose range no file tells; {remedy}")
+    if picture.mode not in _DEEP_MODES:
+        return picture
+    values = np.asarray(picture)
+    low, high = values.min(), values.max()
+    if picture.mode == "I" and not (low >= 0 and 1 << 8 <= high < 1 << 16):
+        raise ValueError(f"its 32-bit values, {low} to {high}, are not those of 16 bits; {remedy}")
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def _percent_decode(body: str) -> bytes:

@@ -149,3 +149,26 @@ def test_an_orientation_that_there_is_not_turns_nothing(orientation, rng):
     picture(rng, 30, 20).save(file, "PNG", exif=exif)
     assert media.size(file.getvalue(), "p") == (20, 30)
     assert media.decode(file.getvalue(), "p").size == (30, 20)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.linspace(0, 1, 12, dtype=np.float32), "its values are floating-point numbers"),
+        (np.linspace(0, 255, 12, dtype=np.int32), "its 32-bit values, 0 to 255, are not those of 16 bits"),
+        (np.linspace(0, 65536, 12, dtype=np.int32), "its 32-bit values, 0 to 65536, are not"),
+        (np.linspace(-1, 65535, 12, dtype=np.int32), "its 32-bit values, -1 to 65535, are not"),
+    ],
+)
+def test_values_of_an_unknown_range_are_refused(values, reason, tmp_path):
+    Image.fromarray(values.reshape(3, 4)).save(tmp_path / "p.tiff")
+    with pytest.raises(MediaError, match=f"picture p does not decode: {reason}.*; save it with 8 bits a channel"):
+        media.decode((tmp_path / "p.tiff").read_bytes(), "p")
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint16, ">u2"])
+def test_sixteen_bits_are_scaled_in_every_container(dtype, tmp_path):
+    values = np.array([[0, 255, 256, 65535]])
+    Image.fromarray(values.astype(dtype)).save(tmp_path / "p.tiff")
+    decoded = np.asarray(media.decode((tmp_path / "p.tiff").read_bytes(), "p"))
+    assert decoded[0, :, 0].tolist() == [0, 0, 1, 255]
