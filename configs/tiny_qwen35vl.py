@@ -2,7 +2,7 @@
 
     make demo
 
-The target is a real `Qwen3_5ForConditionalGeneration` of 1.8 M parameters that talks about pictures; see configs/tiny/.
+The target is a real `Qwen3_5ForConditionalGeneration` of 1.9 M parameters that talks about pictures; see configs/tiny/.
 """
 
 from pathlib import Path

@@ -28,13 +28,38 @@ def test_shell_is_well_formed(text):
     command = [str(shellcheck), "--shell=bash", "--exclude=SC2029", "-"]
     found = subprocess.run(command, input=text, text=True, stdout=subprocess.PIPE)
     assert found.returncode == 0, found.stdout
-    assert "python -m jaxdraft.train" in text
+    assert "trainer/bin/python -m jaxdraft.train" in text
+    assert "--bridge.python bridge/bin/python" in text
 
 
 def test_the_sbatch_file_starts_one_process_a_node_and_leaves_time_to_save():
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", (LAUNCH / "slurm.sbatch").read_text(), re.M))
     assert options["ntasks-per-node"] == "1"
     assert options["signal"].startswith("TERM@")
+    assert "/" not in options["output"]  # Slurm drops a job whose log's directory is missing
+
+
+@pytest.mark.parametrize(("ends_with", "queued"), [(143, True), (2, False), (0, False)])
+def test_a_stopped_slurm_job_is_queued_again(tmp_path, ends_with, queued):
+    for name, body in (("srun", f'printf "%s\\n" "$@" > args; exit {ends_with}'), ("scontrol", 'echo "$@" > again')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    command = ["bash", str(LAUNCH / "slurm.sbatch"), "qwen35vl.py", "--name", "two words"]
+    assert subprocess.run(command, cwd=tmp_path, env=env).returncode == ends_with
+    words = (tmp_path / "args").read_text().splitlines()
+    train = ["--config", "qwen35vl.py", "--bridge.python", "bridge/bin/python", "--name", "two words"]
+    assert words[-len(train) :] == train
+    assert (tmp_path / "again").is_file() == queued
+    if queued:
+        assert (tmp_path / "again").read_text() == "requeue 7\n"
+
+
+def test_the_image_has_what_the_job_starts():
+    docker = (LAUNCH / "Dockerfile").read_text()
+    for environment in ("/opt/trainer", "/opt/bridge"):
+        assert f"python3.12 -m venv {environment}" in docker
+        assert environment in (LAUNCH / "jobset.yaml").read_text()
 
 
 def test_ssh_lines_set_what_is_read():
@@ -67,7 +92,10 @@ def test_job_set():
     assert host == f"{name}-{group['name']}-0-0.{name}"  # JobSet's own DNS name of the first pod
     assert int(port) in [entry["containerPort"] for entry in container["ports"]]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    assert container["command"] == ["python", "-m", "jaxdraft.train"]
+    python, *module = container["command"]
+    assert python == "/opt/trainer/bin/python"
+    assert module[:2] == ["-m", "jaxdraft.train"]
     flag, config, *rest = container["args"]
     assert flag == "--config"
-    assert override(load_config(str(find_config(config))), rest).output_dir == "/shared/runs"
+    read = override(load_config(str(find_config(config))), [*module[2:], *rest])
+    assert (read.output_dir, read.bridge.python) == ("/shared/runs", "/opt/bridge/bin/python")
