@@ -97,8 +97,10 @@ class Plan:
         rows = [(i, self.schedule.row(i)) for i in ids]
         return tuple(Request("train", group) for group in self._micro_batches(rows))
 
-    def requests(self, first_step: int) -> Iterator[Request]:
-        """Everything from optimizer step `first_step` to the end of the run."""
+    def requests(self, first_step: int, *, evaluate_first: bool = False) -> Iterator[Request]:
+        """Everything from optimizer step `first_step` to the end of the run; with the evaluation before it if asked."""
+        if evaluate_first:
+            yield from self.eval_requests
         for step in range(first_step, self.total_steps):
             yield from self.step_requests(step)
             if self.evaluates_after(step + 1):

@@ -85,9 +85,9 @@ class StepLog:
 
     def push(self, step: int, metrics: Mapping[str, Any], slot: Slot) -> None:
         """Takes over a dispatched micro-batch, and settles the one before it."""
-        self.settle()
         self._micro = (self._micro + 1) % self._config.accumulation
-        self._pending = _Pending(step, metrics, slot, last=self._micro == 0)
+        before, self._pending = self._pending, _Pending(step, metrics, slot, last=self._micro == 0)
+        self._settle(before)  # this one is pending already: where that raises, it can still be settled
 
     def settle(self) -> None:
         """Waits for the pending micro-batch, writes its metrics, releases its slot.
@@ -96,10 +96,13 @@ class StepLog:
           BridgeError: the bridge cannot take the slot back; its metrics are written.
           ValueError: more bad batches than `max_bad_batches`.
         """
-        if self._pending is None:
+        before, self._pending = self._pending, None
+        self._settle(before)
+
+    def _settle(self, pending: _Pending | None) -> None:
+        if pending is None:
             return
-        step, metrics, slot, last = self._pending
-        self._pending = None
+        step, metrics, slot, last = pending
         metrics = jax.device_get(metrics)  # ready means that nothing reads the slot any more
         self.note_skips((skip for row in slot.rows for skip in row.skipped), show=True)
         self._note_bad_batch(step, metrics, slot)

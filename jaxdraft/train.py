@@ -10,14 +10,16 @@ The same command again goes on from the latest checkpoint, with the losses and w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -38,28 +40,45 @@ from jaxdraft.gpu_memory import check_trainer_fits, claim_gpu_memory, limit_gpu_
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import from_tensors
 from jaxdraft.parity import Conversation, conversations_of
-from jaxdraft.run import StopSignal, make_plan, open_run_dir, run_meta
+from jaxdraft.run import Plan, make_plan, open_run_dir, run_meta
 from jaxdraft.sharding import check_mesh, make_mesh, num_row_groups
+from jaxdraft.signals import Stopped, StopSignal, exit_code
 from jaxdraft.step_log import StepLog
 from jaxdraft.target import TargetModel, make_draft_config, open_target
-from jaxdraft.train_step import StepConfig, TrainState, init_state, make_eval_step, make_train_step, state_shardings
+from jaxdraft.train_step import (
+    SavedState,
+    StepConfig,
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    state_shardings,
+)
+
+COUNTS = ("bad_batches", "samples", "tokens")  # of a state: what every micro-batch changes
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 128 + the signal's number where SIGTERM or SIGINT ended the run early."""
     config = parse_args(sys.argv[1:] if argv is None else argv)
     limit_gpu_memory(config.trainer.memory_fraction)
-    with distributed.joined(config):
-        runtime.configure()
-        train(config, Console(quiet=not distributed.is_first()))
+    try:
+        with distributed.joined(config):
+            runtime.configure()
+            number = train(config, Console(quiet=not distributed.is_first()))
+    except Stopped as stopped:
+        number = stopped.number
+    return exit_code(number) if number else 0
 
 
-def train(config: Config, console: Console) -> dict[str, Any] | None:
-    """Runs or resumes the whole job; returns the summary, None where SIGTERM or SIGINT ended it early.
+def train(config: Config, console: Console) -> int:
+    """Runs or resumes the whole job; returns the number of the signal that ended it early, else 0.
 
     Every process of a run on several hosts runs this; they differ only in whose rows their bridges fill.
 
     Raises:
       ValueError: what a user can repair, in one sentence.
+      Stopped: by a signal, before the first step or after the last.
     """
     started = time.perf_counter()
     if config.data.train_path is None:
@@ -72,6 +91,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
     check_mesh(mesh, draft, config.data.row_tokens)
     run_dir = open_run_dir(config)
     claim_gpu_memory(mesh.local_devices)
+    report.print_bridge_start(console, config, bridge_logs(run_dir)[0])
 
     with (
         StopSignal() as stop,
@@ -114,11 +134,13 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
             check_resume(checkpoints.meta(checkpoints.latest), meta)
             state = state.resumed(checkpoints.restore(checkpoints.latest, abstract_like(state.saved())), options)
             console.print(f"resuming from step {checkpoints.latest}")
+            stop.outcome = f"the same command goes on from step {checkpoints.latest}"
         first_step = int(state.step)
+        overdue = first_step > 0 and "evaluation_due" in checkpoints.meta(first_step)
 
         train_step = make_train_step(draft, config.loss, config.optim, options, frozen, mesh=mesh)
         eval_step = make_eval_step(draft, config.loss, options, frozen, mesh=mesh)
-        stream = FeatureStream(bridges, plan.requests(first_step), mesh)
+        stream = FeatureStream(bridges, plan.requests(first_step, evaluate_first=overdue), mesh)
         vote = distributed.Vote(mesh)
         result: EvalResult | None = None
         # The first checkpoint is compared with its own export, on samples of its last batch.
@@ -126,12 +148,20 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
         conversations: list[Conversation] = []
 
         bad_batches = int(state.bad_batches)
-        with StepLog(config, run_dir, console, plan, stream, first_step=first_step, bad_batches=bad_batches) as log:
+        stop.deferred = True
+        if first_step < plan.total_steps:
+            console.print("compiling the first step ...")
+        counted: dict[str, jax.Array] = {}
+        with (
+            StepLog(config, run_dir, console, plan, stream, first_step=first_step, bad_batches=bad_batches) as log,
+            saved_on_bridge_error(checkpoints, plan, log, meta, lambda: between_steps(state, counted)),
+        ):
             log.note_skips(skip for table in tables.values() for skip in table.skipped)
-            for step in range(first_step + 1, plan.total_steps + 1):
-                for micro in range(config.accumulation):
-                    with saved_on_bridge_error(checkpoints, step - 1, state, meta, complete=micro == 0):
-                        slot = next(stream)
+            for step in range(first_step + (not overdue), plan.total_steps + 1):
+                for micro in range(config.accumulation if step > first_step else 0):  # 0: its evaluation is overdue
+                    slot = next(stream)
+                    if micro == 0 and config.accumulation > 1:
+                        counted = {name: jnp.copy(getattr(state, name)) for name in COUNTS}  # the state is donated
                     state, metrics = train_step(state, slot.batch, key)
                     if unchecked and plan.keeps_after(step):
                         conversations = conversations_of(slot, ("a first sample", "a second sample"), num_anchors=4)
@@ -141,38 +171,58 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
                     served = as_served(state.params)
                     result = evaluate_batches(eval_step, served, stream, len(plan.eval_requests), draft.block_size)
                     log.write(step, "eval", result.metrics())
-                stopping = vote.any(stop.received is not None)
+                    report.print_evaluation(console, step, result, checkpoints.best_tau)
+                stopping = vote.largest(stop.number)
                 if evaluate or plan.saves_after(step) or stopping:
                     checkpoints.save(step, state.saved(), meta, tau=finite(result.tau) if evaluate else None)
                 if unchecked and conversations:
-                    check_first(state.params, draft, frozen(), conversations, bridge, target, config.target.dtype)
+                    same = check_first(state.params, draft, frozen(), conversations, bridge, target, config.target.dtype)
+                    report.print_check(console, step, same)
                     unchecked = False
                 if stopping:
+                    log.settle()
                     why = stop.received or "another process has to end"
                     console.print(f"{why}: saved step {step}; the same command goes on from there")
-                    return None
+                    return stopping
+
+        stop.deferred, stop.outcome = False, "it is trained to its end and saved; the same command finishes it"
 
         if result is None and plan.eval_rows:  # the run was complete already
             again = FeatureStream(bridges, plan.eval_requests, mesh)
             served = as_served(state.params)
             result = evaluate_batches(eval_step, served, again, len(plan.eval_requests), draft.block_size)
-        return finish(config, console, run_dir, target, draft, bridge, checkpoints, result, log, started)
+        finish(config, console, run_dir, target, draft, bridge, checkpoints, result, log, started)
+    return 0
 
 
 @contextlib.contextmanager
 def saved_on_bridge_error(
-    checkpoints: Checkpoints, step: int, state: TrainState, meta: dict[str, Any], *, complete: bool
+    checkpoints: Checkpoints, plan: Plan, log: StepLog, meta: dict[str, Any], trained: Callable[[], SavedState]
 ) -> Iterator[None]:
-    """Saves what is trained before a bridge's death ends the run; `complete`: no optimizer step is half done.
+    """Saves what is trained before a bridge's death ends the run, whoever notices it; `trained` gives it.
 
+    Where that step should have been evaluated, a note in the checkpoint's meta makes the resumed run begin with it.
     Only in a run of one process: the others cannot know.
     """
     try:
         yield
     except BridgeError:
-        if complete and step > 0 and jax.process_count() == 1:
-            checkpoints.save(step, state.saved(), meta)
+        if jax.process_count() == 1 and (step := int((state := trained()).step)) > 0:
+            # (An evaluated step is saved already, and stays as it is.)
+            due = {"evaluation_due": True} if plan.evaluates_after(step) else {}
+            checkpoints.save(step, state, meta | due)
+        with contextlib.suppress(BridgeError):
+            log.settle()  # the saved step's line
         raise
+
+
+def between_steps(state: TrainState, counted: Mapping[str, jax.Array]) -> SavedState:
+    """`state` without the micro-batches of an optimizer step that is half done: they are all to be run again.
+
+    They have changed nothing yet but the accumulator, which is not saved, and COUNTS: these were `counted` before.
+    """
+    half_done = state.accumulator is not None and state.accumulator.micro > 0
+    return dataclasses.replace(state.saved(), **(counted if half_done else {}))
 
 
 def bridge_logs(run_dir: Path) -> list[Path]:
