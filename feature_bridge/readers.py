@@ -7,14 +7,15 @@ GPU.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, resource_tracker
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ Loaded = tuple[Sample | None, Request | None, str | None]
 """A sample, its request to the target, and, where one of them is None, why."""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_IGNORED = (signal.SIGTERM, signal.SIGINT)
 
 
 def load(index: Index, position: int) -> Loaded:
@@ -69,8 +71,9 @@ class Readers:
                 initializer=_start,
                 initargs=(os.getpid(), target, data, bare),
             )
-            for _ in range(num_processes):  # all of them, now
-                self._pool.submit(os.getpid)
+            with _signals_held_back():
+                for _ in range(num_processes):  # all of them, now
+                    self._pool.submit(os.getpid)
         self._processes = set(active_children()) - others
 
     def load(self, split: Split, position: int) -> Loaded:
@@ -100,6 +103,17 @@ class Readers:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Until `_start` ignores them: what is started meanwhile inherits the mask, and SIGTERM would end it before."""
+    resource_tracker.ensure_running()  # else it is started meanwhile too, and keeps the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _map_pixels(function: Callable[[Any], Any], request: Request) -> Request:
     values = {name: getattr(request, name) for name in ("pixel_values", "video_values")}
     return dataclasses.replace(request, **{name: x if x is None else function(x) for name, x in values.items()})
@@ -113,8 +127,9 @@ _own: dict[Split, Index] = {}
 def _start(parent: int, target: TargetSpec, data: DataSpec, indexes: Mapping[Split, Index]) -> None:
     # It ends with the bridge, however that ends, and not before: a scheduler's SIGTERM is the trainer's affair.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
     if os.getppid() != parent:
         os._exit(1)
     torch.set_num_threads(1)

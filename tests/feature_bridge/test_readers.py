@@ -92,8 +92,9 @@ from feature_bridge.readers import Readers
 if __name__ == "__main__":
     data = data_spec(Path(sys.argv[1]))
     readers = Readers(2, SPEC, data, build_indexes(SPEC, data))
-    readers.load("train", 0)
     print(*(process.pid for process in readers._processes), flush=True)
+    readers.load("train", 0)
+    print("read", flush=True)
     time.sleep(600)
 """
 
@@ -107,9 +108,13 @@ def test_they_end_with_the_bridge(data, tmp_path):
     owner = subprocess.Popen(
         [sys.executable, str(script), data.train_path], stdout=subprocess.PIPE, text=True, env=environment
     )
+    pids = []
     try:
         pids = [int(pid) for pid in owner.stdout.readline().split()]
         assert len(pids) == 2
+        for pid in pids:  # they are importing torch
+            os.kill(pid, signal.SIGTERM)
+        assert owner.stdout.readline() == "read\n"
         for pid in pids:
             os.kill(pid, signal.SIGTERM)
         time.sleep(0.2)
