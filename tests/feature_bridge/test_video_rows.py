@@ -112,6 +112,7 @@ def test_decoding_a_conversation_with_videos(worker, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(weights, tmp_path / "model.safetensors")
     decoded = bridge.decode(Decode(request_id=1, draft_path=str(tmp_path), samples=(1, 2), max_new_tokens=8))
+    assert [sample.sample for sample in decoded.samples] == [1, 2]
     for sample in decoded.samples:
         assert sample.tokens == sample.target_tokens
     prompt = prompt_of(bridge.indexes["eval"].sample(1), bridge.processor)
