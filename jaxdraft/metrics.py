@@ -1,4 +1,4 @@
-"""Metrics of a run: every step as a line of metrics.jsonl and in TensorBoard, a progress bar on the screen.
+"""Metrics of a run: every step as a line of metrics.jsonl and in TensorBoard, means of some steps on the screen.
 
 A resume cuts metrics.jsonl back to the checkpoint's step, so that it reads like that of a run
 that was never interrupted.
@@ -8,13 +8,27 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+
+
+def _summary_writer(directory: Path, **options: Any) -> Any:
+    """A `tensorboardX.SummaryWriter` without torch: tensorboardX would import it where it is installed, which takes
+    seconds, to accept its tensors."""
+    if hidden := "torch" not in sys.modules:
+        sys.modules["torch"] = None  # an import of it fails
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter(str(directory), **options)
 
 
 class MetricsLog:
@@ -25,7 +39,7 @@ class MetricsLog:
         if run_dir is None:
             return
         self._file = _cut_back(run_dir / "metrics.jsonl", resume_step).open("a")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1, flush_secs=30)
+        self._board = _summary_writer(run_dir / "tensorboard", purge_step=resume_step + 1, flush_secs=30)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -65,10 +79,11 @@ def _cut_back(file: Path, step: int) -> Path:
 
 
 class ProgressBar:
-    """Steps done, loss, tau and rows/s; where there is no terminal, a plain line every `log_interval` steps."""
+    """Steps done, loss, tau and rows/s, means of `log_interval` steps; without a terminal a plain line as often."""
 
     def __init__(self, console: Console, *, total: int, done: int, log_interval: int):
         self._console, self._total, self._log_interval = console, total, log_interval
+        self._lines: deque[Mapping[str, Any]] = deque(maxlen=log_interval)
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -89,12 +104,18 @@ class ProgressBar:
         self._bar.stop()
 
     def show(self, step: int, metrics: Mapping[str, Any]) -> None:
-        def figure(name: str, form: str) -> str:
-            return "-" if metrics[name] is None else format(metrics[name], form)
+        """`metrics` of this one step: None where a ratio had nothing to divide by."""
+        self._lines.append(metrics)
 
+        def mean(name: str, form: str) -> str:
+            values = [line[name] for line in self._lines if line[name] is not None]
+            return format(sum(values) / len(values), form) if values else "-"
+
+        seconds = sum(line["seconds"] for line in self._lines)
+        rows = sum(line["seconds"] * line["rows_per_second"] for line in self._lines)
         figures = (
-            f"loss {figure('loss', '.3f')}  tau {figure('tau', '.2f')}  {figure('rows_per_second', '.2f')} rows/s  "
-            f"lr {figure('learning_rate', '.1e')}"
+            f"loss {mean('loss', '.3f')}  teacher-forced tau {mean('tau', '.2f')}  {rows / seconds:.2f} rows/s  "
+            f"lr {metrics['learning_rate']:.1e}"
         )
         self._bar.update(self._task, completed=step, figures=figures)
         if not self._console.is_terminal and (step % self._log_interval == 0 or step == self._total):

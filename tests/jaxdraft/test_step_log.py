@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from jaxdraft.bridges import BridgeError
+from jaxdraft.metrics import ProgressBar
 from jaxdraft.step_log import SHOWN, StepLog
 
 
@@ -67,8 +70,33 @@ def test_a_ratio_without_anything_to_divide_by_is_null(tmp_path):
     empty = {"tau": math.nan, "loss": math.inf, "slot_accuracy": np.asarray([0.5, math.nan])}
     one_step(tmp_path, console=console, **empty)
     (line,) = written(tmp_path)
-    assert line["tau"] is None and line["loss"] is None and line["slot_accuracy"] == [0.5, None]
-    assert "loss -  tau -" in console.file.getvalue()
+    assert (line["tau"], line["loss"], line["slot_accuracy"]) == (None, None, [0.5, None])
+    assert "loss -  teacher-forced tau -" in console.file.getvalue()
+
+
+def test_the_screen_shows_means_of_the_steps_since_its_last_line():
+    console = Console(file=io.StringIO(), width=200)
+    with ProgressBar(console, total=5, done=0, log_interval=2) as bar:
+        for step, (loss, tau, seconds) in enumerate([(1, 1, 1), (3, None, 3), (8, 2, 1), (6, 3, 1), (4, 2, 2)], 1):
+            figures = {"loss": loss, "tau": tau, "seconds": seconds, "rows_per_second": 4 / seconds}
+            bar.show(step, figures | {"learning_rate": 0.5})
+    lines = [line.split("  ") for line in console.file.getvalue().splitlines()]
+    assert [line[0] for line in lines] == ["step 2/5", "step 4/5", "step 5/5"]
+    assert lines[0][1:4] == ["loss 2.000", "teacher-forced tau 1.00", "2.00 rows/s"]
+    assert lines[1][1:4] == ["loss 7.000", "teacher-forced tau 2.50", "4.00 rows/s"]
+
+
+def test_the_trainer_has_no_torch(tmp_path):
+    """Although tensorboardX would import it where it is installed, as it is here."""
+    script = f"""
+import pathlib, sys, jaxdraft.train, jaxdraft.metrics
+with jaxdraft.metrics.MetricsLog(pathlib.Path({str(tmp_path)!r}), resume_step=0) as log:
+    log.write(1, "eval", {{"tau_replay": 2.0}})
+assert "torch" not in sys.modules
+import torch
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert list((tmp_path / "tensorboard").glob("events*"))
 
 
 def test_refused_batches_before_a_resume_count(tmp_path):
