@@ -14,7 +14,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -89,7 +89,7 @@ def decoder() -> str:
 
 
 def inspect(video: Video, contents: Sequence[bytes]) -> Clip:
-    """What the video holds: from headers and packets, and at most one decoded frame.
+    """What the video holds: from headers and packets, and one decoded frame; all are decoded where the start is cut.
 
     `contents` is what `read` gave. Raises MediaError: unreadable, fewer than two frames, or frames of several sizes.
     """
@@ -159,18 +159,43 @@ def _walk_animated(encoded: bytes) -> Iterator[Image.Image]:
 def _inspect_file(encoded: bytes, name: str) -> Clip:
     with _errors(name), _open(encoded) as container:
         stream = container.streams.video[0]
-        announced, fps = stream.frames, stream.average_rate or stream.guessed_rate
-        num_frames = sum(packet.size > 0 for packet in container.demux(stream))
-    if num_frames < announced:
-        raise _broken(f"video {name} is cut off: {num_frames} of {announced} frames are there")
+        # The index of an MP4 has no frames before the keyframe at which an edit list begins; the announced number has.
+        announced = len(getattr(stream, "index_entries", ())) or stream.frames  # (an old PyAV shows no index)
+        fps = stream.average_rate or stream.guessed_rate
+        packets = [_Packet(p.pts, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.size > 0]
+        # An edit list, of a file that was trimmed without encoding it again, discards frames that are there.
+        num_frames, complete = sum(not packet.is_discard for packet in packets), _begins_whole(packets)
+    if len(packets) < announced:
+        raise _broken(f"video {name} is cut off: {len(packets)} of {announced} frames are there")
     if not fps:
         raise _broken(f"video {name} does not say how many frames a second it has")
     with _errors(name):
         first = next(_walk_file(encoded), None)
+        num_frames = num_frames if complete else sum(1 for _ in _walk_file(encoded))
     if first is None:
         raise _broken(f"video {name} has no frame that decodes")
     height, width = _upright(first).shape[:2]
     return Clip(num_frames, float(fps), height, width)
+
+
+class _Packet(NamedTuple):
+    """One frame as it is stored."""
+
+    pts: int | None  # when it is shown
+    is_keyframe: bool
+    is_discard: bool
+
+
+def _begins_whole(packets: Sequence[_Packet]) -> bool:
+    """Whether every frame decodes: false where a cut has taken frames that the first ones, or those before them, need.
+
+    Of an open group of pictures the first shown ones, stored after its keyframe, refer to the group before it.
+    """
+    first = packets[0] if packets else None
+    return first is None or (
+        first.is_keyframe
+        and (first.pts is None or all(packet.pts is None or packet.pts >= first.pts for packet in packets))
+    )
 
 
 def _walk_file(encoded: bytes) -> Iterator[Any]:

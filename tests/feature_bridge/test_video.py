@@ -2,7 +2,9 @@
 
 import base64
 import importlib.util
+import io
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -120,6 +122,51 @@ def test_bad_files(rng, monkeypatch):
     with pytest.raises(MediaError, match="no video decoder: `pip install av`") as error:
         video.inspect(Video("v.mp4"), (whole,))
     assert error.value.kind == "no video decoder"
+
+
+@pytest.mark.parametrize("group", [1, 4, 12])
+def test_a_trimmed_file_has_the_frames_that_are_shown(group, rng):
+    """Trimmed without encoding it again: an MP4 announces frames that its edit list leaves out.
+
+    Those of earlier groups of pictures are not read at all, those of the group that it begins in are discarded.
+    """
+    made = video_helpers.frames(rng, 20)
+    options = {"g": str(group), "sc_threshold": "1000000000"}
+    encoded = video_helpers.encode(made, earlier=7, options=options)
+    each = Video("v.mp4")
+    assert video.inspect(each, (encoded,)).num_frames == 13
+    shown = video.decode(each, (encoded,), range(13))
+    assert np.abs(shown.astype(int) - made[7:]).mean() < 6
+
+
+def test_a_file_whose_end_is_missing(rng, tmp_path):
+    """Its index stands at the start, so it opens, and says how many frames there should be."""
+    with (
+        av.open(io.BytesIO(video_helpers.encode(video_helpers.frames(rng, 20)))) as made,
+        av.open(str(tmp_path / "v.mp4"), "w", options={"movflags": "faststart"}) as output,
+    ):
+        stream = output.add_stream_from_template(made.streams.video[0])
+        for packet in made.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                output.mux(packet)
+    encoded = (tmp_path / "v.mp4").read_bytes()
+    assert video.inspect(Video("v.mp4"), (encoded,)).num_frames == 20
+    with pytest.raises(MediaError, match=r"is cut off: 1\d of 20 frames are there"):
+        video.inspect(Video("v.mp4"), (encoded[: len(encoded) * 5 // 6],))
+
+
+def test_frames_that_a_cut_took_the_reference_of_are_not_counted(rng):
+    """A transport stream that begins within an open group of pictures, and one that begins at a keyframe."""
+    made = video_helpers.frames(rng, 24)
+    counts = {}
+    for lost in (0, 3, 10, 12):
+        options = {"g": "12", "bf": "2"}
+        encoded = video_helpers.encode(made, 25, "mpegts", "mpeg2video", options=options, lost=lost)
+        counts[lost] = video.inspect(Video("v.ts"), (encoded,)).num_frames
+        assert len(video.decode(Video("v.ts"), (encoded,), range(counts[lost]))) == counts[lost]
+    assert counts[0] == 24
+    assert counts[10] < 14
 
 
 def test_decoder_is_named(monkeypatch):

@@ -13,16 +13,37 @@ def frames(rng: np.random.Generator, count: int, width: int = 64, height: int = 
     return np.repeat(blocks.repeat(16, 1).repeat(16, 2)[:, :height, :width], 3, axis=3)
 
 
-def encode(pictures: np.ndarray, fps: int = 10, container: str = "mp4", codec: str = "mpeg4") -> bytes:
-    """A video file."""
+def encode(
+    pictures: np.ndarray,
+    fps: int = 10,
+    container: str = "mp4",
+    codec: str = "mpeg4",
+    *,
+    options: dict[str, str] | None = None,
+    earlier: int = 0,
+    lost: int = 0,
+) -> bytes:
+    """A video file.
+
+    Args:
+        options: of the encoder.
+        earlier: frames by which all are shown earlier; an MP4 gets an edit list that discards those before time 0.
+        lost: packets that are left out at the start.
+    """
     file = io.BytesIO()
-    with av.open(file, "w", format=container) as output:
+    with av.open(file, "w", format=container, options={"avoid_negative_ts": "disabled"}) as output:
         stream = output.add_stream(codec, rate=fps)
         stream.height, stream.width = pictures.shape[1:3]
         stream.pix_fmt, stream.bit_rate = "yuv420p", 8_000_000
+        stream.options = options or {}
+        packets = []
         for picture in pictures:
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        output.mux(stream.encode())
+            packets += stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24"))
+        packets += stream.encode()
+        for packet in packets[lost:]:
+            if earlier:
+                packet.pts, packet.dts = packet.pts - earlier, packet.dts - earlier
+            output.mux(packet)
     return file.getvalue()
 
 
