@@ -11,10 +11,8 @@ Legend: R rows of a batch, S tokens of a row, N anchors of one call, B block slo
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxdraft.bridges import Bridge, BridgeError
-from jaxdraft.cli import parse_args, run_command
+from jaxdraft.cli import Parser, parse_command, run_command
 from jaxdraft.config import Config
 from jaxdraft.convert import load_draft
 from jaxdraft.distributed import from_host, to_host
@@ -35,10 +33,11 @@ from jaxdraft.eval_result import Answer, DecodeResult, EvalResult, finite, summa
 from jaxdraft.export import check_target
 from jaxdraft.features import FeatureStream, Slot
 from jaxdraft.held_out import HeldOut, open_held_out
-from jaxdraft.losses import LossSums
+from jaxdraft.losses import LossConfig, LossSums, sums_of_blocks
 from jaxdraft.model.tensors import from_tensors
 from jaxdraft.objective import Params, Predictions
 from jaxdraft.run import make_plan, write_json
+from jaxdraft.sharding import make_mesh
 from jaxdraft.target import open_target
 from jaxdraft.tau_table import MODALITIES, expected_speedup, tau_table
 from jaxdraft.train_step import StepConfig, make_eval_step
@@ -49,7 +48,7 @@ EvalStep = Callable[..., Predictions]  # see `train_step.make_eval_step`
 
 
 def evaluate_batches(
-    eval_step: EvalStep, params: Params, stream: Iterator[Slot], num_batches: int, block_size: int
+    eval_step: EvalStep, params: Params, stream: Iterator[Slot], num_batches: int, block_size: int, loss: LossConfig
 ) -> EvalResult:
     """Evaluate the next `num_batches` slots of a stream, every anchor of every answer, and release them."""
     sums: list[LossSums] = []
@@ -59,12 +58,15 @@ def evaluate_batches(
         slot = next(stream)
         rows = host_rows(slot)
         anchors_at, accept_len_at = candidates(rows), np.zeros(rows.tokens.shape, np.int32)
+        chunks: list[LossSums] = []
         for anchors, valid in anchor_chunks(anchors_at, chunk=-(-anchors_at.shape[1] // 6)):
             out = eval_step(params, slot.batch, *from_host((anchors, valid), slot.batch.tokens.sharding))
-            accept_len, supervised, batch_sums = to_host((out.accept_len, out.supervised, out.sums))
+            accept_len, supervised, chunk_sums = to_host((out.accept_len, out.supervised, out.sums))
             accept_len_at[np.nonzero(valid)[0], anchors[valid]] = accept_len[valid]
             counts += np.bincount(accept_len[supervised.all(-1)], minlength=block_size)
-            sums.append(batch_sums)
+            chunks.append(chunk_sums)
+        if chunks:
+            sums.append(sums_of_blocks(chunks, loss))
         filled = slot.rows if jax.process_count() == 1 else kept_samples(rows, slot.planned)
         answers += find_answers(rows, filled, accept_len_at)
         stream.release(slot.filled)  # its outputs are on the host: nothing reads it any more
@@ -209,11 +211,12 @@ def evaluate_held_out(held: HeldOut, tensors: Mapping[str, np.ndarray]) -> EvalR
     """Every anchor of the held-out rows, with a draft's tensors by exported name."""
     config, draft = held.config, held.draft
     options = StepConfig(num_anchors=config.num_anchors, total_steps=1, compute_dtype=config.compute_dtype)
-    eval_step = make_eval_step(draft, config.loss, options, held.frozen(config.compute_dtype))
+    mesh = make_mesh(devices=jax.local_devices()[:1])  # whatever other devices are here
+    eval_step = make_eval_step(draft, config.loss, options, held.frozen(config.compute_dtype), mesh=mesh)
     params = {name: jnp.asarray(a, jnp.float32) for name, a in from_tensors(tensors, draft).items()}
     plan = make_plan(config, np.empty(0, np.int32), held.lengths)
     stream = FeatureStream(held.bridge, plan.eval_requests)
-    return evaluate_batches(eval_step, params, stream, len(plan.eval_requests), draft.block_size)
+    return evaluate_batches(eval_step, params, stream, len(plan.eval_requests), draft.block_size, config.loss)
 
 
 def print_evaluation(console: Console, summary: dict[str, Any]) -> None:
@@ -277,10 +280,8 @@ def print_evaluation(console: Console, summary: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 1 where decoding does not confirm the target's own text or the replay."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxdraft.evaluate", description=__doc__.splitlines()[0], add_help=False, allow_abbrev=False
-    )
-    parser.add_argument("--draft", metavar="DIR", help="directory of an exported draft")
+    parser = Parser(prog="python -m jaxdraft.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("--draft", metavar="DIR", required=True, help="directory of an exported draft")
     parser.add_argument("--output", metavar="FILE", help="JSON file to write; default: DIR/evaluation.json")
     parser.add_argument("--temperature", type=float, default=0.0, help="decode once more, sampled; default: 0, do not")
     for name, what in (
@@ -289,15 +290,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("verify", "the target's pass over a block"),
     ):
         parser.add_argument(f"--{name}-step", type=float, metavar="MS", help=f"measured time of {what}")
-    own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(rest):
-        parser.print_help()
-        print("\nand the fields of the config:\n")
-    config = parse_args(rest)
-    if own.draft is None:
-        raise ValueError("--draft is missing; give the directory of an exported draft")
-    if own.temperature < 0:
-        raise ValueError(f"--temperature={own.temperature} is negative; give 0 or more")
+    own, config = parse_command(parser, argv)
+    if not 0 <= own.temperature < math.inf:
+        raise ValueError(f"--temperature={own.temperature} is no temperature; give 0 or more")
     steps = {f"{name}_step": getattr(own, f"{name}_step") for name in ("target", "draft", "verify")}
     if any(steps.values()) and not all(steps.values()):
         raise ValueError("an expected speed-up needs --target-step, --draft-step and --verify-step; give all three")

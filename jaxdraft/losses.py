@@ -9,6 +9,7 @@ Dim suffixes: r rows, s tokens of a row, n blocks, k predicted slots (B-1).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -198,3 +199,11 @@ def loss_sums(
         blocks=count(valid),
         samples=samples,
     )
+
+
+def sums_of_blocks(parts: Sequence[LossSums], config: LossConfig) -> LossSums:
+    """The sums over all blocks from those of some each, of the same rows: every part has counted these rows' samples."""
+    total = jax.tree.map(lambda *values: sum(values[1:], values[0]), *parts)
+    samples = parts[0].samples
+    denominator = total.denominator if config.kind == "dflash" else samples
+    return dataclasses.replace(total, samples=samples, denominator=denominator)

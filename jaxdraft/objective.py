@@ -58,8 +58,8 @@ class Predictions:
 
     Attributes:
       accept_len: draft tokens accepted at each anchor, without the bonus token; 0 for invalid blocks.
-      predicted: the draft's token for slots 1..B-1; 0 beyond the sample's end.
-      hits: prediction equals the sample's own token; False beyond the sample's end.
+      predicted: the draft's token for slots 1..B-1; 0 beyond the sample's end and, in training, where unsupervised.
+      hits: prediction equals the sample's own token; False where nothing was predicted.
       supervised: slots that the loss counts.
       nll: negative log-likelihood of the labels; meaningless where not `supervised`.
       sums: of these rows, to be added up over batches; `sums.metrics()` gives loss, accuracy, tau, ...
@@ -119,6 +119,7 @@ def predict(
         softcap=draft.final_logit_softcapping,
         chunk_tokens=head_chunk_tokens,
         head_dtype=loss.head_dtype if training else None,
+        logits_dtype=None if training else "float32",  # two tokens whose logits bfloat16 cannot tell apart
     )
     rows = ("rows",)
     read = labels.supervised if training else labels.inside
@@ -129,7 +130,7 @@ def predict(
         read.reshape(len(anchors), -1),
     )
     nll, predicted = (x.reshape(labels.tokens.shape) for x in (nll, predicted))
-    hits = labels.inside & (predicted == labels.tokens)
+    hits = read & (predicted == labels.tokens)
     samples = num_samples(batch.segment_start, batch.loss_mask, batch.num_tokens)
     return Predictions(
         accept_len=accept_lengths(hits),

@@ -17,9 +17,9 @@ from jaxdraft.run import Plan
 def print_start(console: Console, config: Config, draft: DraftConfig, ready: Any) -> None:
     """The target that really runs, the draft, and the table of what the index found in the data."""
     target = ready.target
-    attention = (
-        attention_choice(config.compute_dtype, draft.head_dim) if config.attention == "auto" else config.attention
-    )
+    attention = config.attention
+    if attention == "auto":
+        attention = attention_choice(config.compute_dtype, draft.head_dim, alone=True)
     console.print(
         f"target  {config.target.path}: {target.num_layers} layers, hidden {target.hidden_size}, "
         f"vocabulary {target.vocab_size}; {target.backend}, {config.target.dtype}",

@@ -169,7 +169,9 @@ def train(config: Config, console: Console) -> int:
                 if evaluate := plan.evaluates_after(step):
                     log.settle()
                     served = as_served(state.params)
-                    result = evaluate_batches(eval_step, served, stream, len(plan.eval_requests), draft.block_size)
+                    result = evaluate_batches(
+                        eval_step, served, stream, len(plan.eval_requests), draft.block_size, config.loss
+                    )
                     log.write(step, "eval", result.metrics())
                     report.print_evaluation(console, step, result, checkpoints.best_tau)
                 stopping = vote.largest(stop.number)
@@ -190,7 +192,9 @@ def train(config: Config, console: Console) -> int:
         if result is None and plan.eval_rows:  # the run was complete already
             again = FeatureStream(bridges, plan.eval_requests, mesh)
             served = as_served(state.params)
-            result = evaluate_batches(eval_step, served, again, len(plan.eval_requests), draft.block_size)
+            result = evaluate_batches(
+                eval_step, served, again, len(plan.eval_requests), draft.block_size, config.loss
+            )
         finish(config, console, run_dir, target, draft, bridge, checkpoints, result, log, started)
     return 0
 

@@ -93,13 +93,16 @@ def block_attention(
     return _merged(q, k_context, v_context, k_block, v_block, start, end, valid, causal, scale, implementation)
 
 
-def attention_choice(dtype, head_dim: int) -> str:
-    """What "auto" stands for: "mosaic" (kernels) on a single Hopper GPU in 16-bit precision, "xla" everywhere else."""
-    return "xla" if _why_not_mosaic(dtype, head_dim) else "mosaic"
+def attention_choice(dtype, head_dim: int, *, alone: bool | None = None) -> str:
+    """What "auto" stands for: "mosaic" (kernels) on a single Hopper GPU in 16-bit precision, "xla" everywhere else.
+
+    `alone`: see `why_no_kernels`; in a step every device is, whatever the mesh.
+    """
+    return "xla" if _why_not_mosaic(dtype, head_dim, alone=alone) else "mosaic"
 
 
-def _why_not_mosaic(dtype, head_dim: int) -> str | None:
-    if reason := why_no_kernels():
+def _why_not_mosaic(dtype, head_dim: int, *, alone: bool | None = None) -> str | None:
+    if reason := why_no_kernels(alone=alone):
         return reason
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16) or head_dim not in (64, 128):
         return f"its kernels take 16-bit numbers and a head_dim of 64 or 128, not {jnp.dtype(dtype)} and {head_dim}"

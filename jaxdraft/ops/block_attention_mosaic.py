@@ -48,7 +48,7 @@ _LOW = -1e30  # a running maximum before any key; finite, so that differences ar
 def attend(
     q, k_context, v_context, k_block, v_block, start, end, valid, *, causal, scale, tuning=None, interpret=False
 ):
-    """`block_attention` on the kernels; bfloat16 or float16, head_dim a multiple of 64. start [r, n, b], end [r, n]."""
+    """`block_attention` on the kernels; bfloat16 or float16, head_dim 64 or 128. start [r, n, b], end [r, n]."""
     lists, intervals = key_lists(q, k_context, v_context, k_block, v_block, start, end, valid, causal)
     options = Options(scale=scale, tuning=tuning or Tuning(), interpret=interpret)
     out = _attention(*lists, intervals, options)

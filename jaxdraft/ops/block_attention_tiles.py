@@ -32,7 +32,7 @@ def key_lists(q, k_context, v_context, k_block, v_block, start, end, valid, caus
     first = jnp.broadcast_to(offset + b * jnp.arange(n)[:, None], (r, n, b))
     last = first + (1 + jnp.arange(b) if causal else b)
     end = jnp.broadcast_to(jnp.minimum(end, k_context.shape[1])[..., None], (r, n, b))
-    none = ~valid[..., None]
+    start, none = jnp.maximum(start, 0), ~valid[..., None]
     intervals = [jnp.where(none | (end <= start), 0, x) for x in (start, end)] + [
         jnp.where(none, 0, x) for x in (first, last)
     ]

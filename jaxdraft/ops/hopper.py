@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 
 
-def why_no_kernels() -> str | None:
+def why_no_kernels(*, alone: bool | None = None) -> str | None:
     """Why the kernels do not run here; None where they do: on a Hopper GPU (H100, H200) with jax >= 0.11.
 
-    Of several GPUs one is meant inside `shard_map`: the kernels themselves are not partitioned over a mesh.
+    Of several GPUs one is meant inside `shard_map`: the kernels themselves are not partitioned over a mesh. `alone` says
+    that a device will be alone there; None: look at what is being traced.
     """
     if jax.default_backend() != "gpu":
         return "this process runs on a " + jax.default_backend().upper()
@@ -17,8 +18,9 @@ def why_no_kernels() -> str | None:
     capability = jax.local_devices()[0].compute_capability
     if capability != "9.0":
         return f"this GPU has compute capability {capability} instead of 9.0"
-    mesh = jax.sharding.get_abstract_mesh()
-    alone = jax.device_count() == 1 if mesh.empty else mesh.size == 1 or mesh.are_all_axes_manual
+    if alone is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        alone = jax.device_count() == 1 if mesh.empty else mesh.size == 1 or mesh.are_all_axes_manual
     return None if alone else "this code runs on several devices outside of shard_map"
 
 

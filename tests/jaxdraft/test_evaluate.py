@@ -26,7 +26,7 @@ from jaxdraft.evaluate import (
 )
 from jaxdraft.export import export_draft
 from jaxdraft.held_out import check_capture
-from jaxdraft.losses import LossConfig
+from jaxdraft.losses import LOSS_KINDS, Labels, LossConfig, loss_sums
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import from_tensors, tensor_table
 from jaxdraft.objective import Batch, Frozen
@@ -155,7 +155,7 @@ def everything(tmp_path_factory):
         return eval_step(params, batch, anchors, valid)
 
     with jax.default_matmul_precision("highest"):
-        result = evaluate_batches(recorded, params, stream, 2, BLOCK_SIZE)
+        result = evaluate_batches(recorded, params, stream, 2, BLOCK_SIZE, LossConfig())
     assert stream.released == 2
     return result, decoded, slots, eval_step, params, shapes
 
@@ -232,6 +232,28 @@ def test_find_answers_splits_turns_and_samples():
         (3, True, [1, 2], [2 * ROW_TOKENS, 2 * ROW_TOKENS + 1]),
     ]
     assert [np.flatnonzero(row).tolist() for row in candidates(host_rows(slot))] == [[1, 4, 5, 9], [], [0]]
+
+
+@pytest.mark.parametrize("kind", LOSS_KINDS)
+def test_chunks_of_anchors_have_the_loss_of_all_at_once(everything, kind):
+    """D-PACE's loss is a sum over the samples, which every chunk of a row's anchors counts."""
+    *_, slots, eval_step, params, _ = everything
+    loss = LossConfig(kind=kind)
+
+    def of_kind(params, batch, anchors, valid):
+        out = eval_step(params, batch, anchors, valid)
+        labels = Labels(tokens=batch.tokens[:, :1, None], inside=out.supervised, supervised=out.supervised)
+        sums = loss_sums(out.nll, out.predicted, labels, jnp.asarray(valid), out.sums.samples, loss)
+        return dataclasses.replace(out, sums=sums)
+
+    numerator = denominator = 0
+    for slot in slots:
+        anchors_at = candidates(host_rows(slot))
+        ((anchors, valid),) = anchor_chunks(anchors_at, anchors_at.shape[1])
+        sums = of_kind(params, slot.batch, anchors, valid).sums
+        numerator, denominator = numerator + sums.numerator, denominator + sums.denominator
+    result = evaluate_batches(of_kind, params, HandMadeStream(slots), len(slots), BLOCK_SIZE, loss)
+    assert result.loss == pytest.approx(float(numerator / denominator), rel=1e-4)
 
 
 def test_adjacent_samples_do_not_join():
