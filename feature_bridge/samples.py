@@ -197,12 +197,15 @@ def answer_starts(messages: Sequence[dict[str, Any]], processor: Processor) -> t
     The conversation is rendered again with a mark in place of every answer, which no generation prompt contains. What
     turn i generates starts where that text and render(messages[:i], add_generation_prompt) part: after the role header
     and whatever of the prompt's think stub stands there. What lies between two answers is the same in the marked text
-    and the real one, which locates the starts in the latter.
+    and the real one, which locates the starts in the latter. Assistant turns before any other are context alone: no
+    prompt asks for them.
 
     Raises:
         SampleError: the template refuses the conversation, or rewrites it so that the answers cannot be found.
     """
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    roles = [message["role"] for message in messages]
+    leading = len(list(itertools.takewhile("assistant".__eq__, roles)))
+    answers = [index for index, role in enumerate(roles) if role == "assistant" and index >= leading]
     marks = {index: f"\uf8ff{index}\uf8ff" for index in answers}
     marked = [_marked(message, marks[index]) if index in marks else message for index, message in enumerate(messages)]
     try:
@@ -210,7 +213,10 @@ def answer_starts(messages: Sequence[dict[str, Any]], processor: Processor) -> t
         marked_text = processor.render(marked)
         prompts = [processor.render(marked[:index], add_generation_prompt=True) for index in answers]
     except Exception as error:  # whatever the template raises, and TypeErrors on what it did not expect
-        raise SampleError("chat template", f"the chat template refuses the conversation: {error}") from error
+        begins = "begins with an assistant turn; " if leading else ""
+        raise SampleError("chat template", f"{begins}the chat template refuses the conversation: {error}") from error
+    if leading == len(roles):
+        raise SampleError("broken line", "begins with an assistant turn; no question and answer follow it")
 
     starts, position, marked_position = [], 0, 0
     for index, prompt in zip(answers, prompts, strict=True):
