@@ -141,11 +141,16 @@ def serve(connection: wire.Connection, spec: BridgeSpec, worker_path: str) -> No
                 answer = worker.check(request)
         except RingClosed:
             return
-        except Exception as error:
+        except (ValueError, FileNotFoundError) as error:  # the request's own fault
             if spec.rank.count > 1:  # the other ranks wait for this one in the middle of the request
                 raise
             traceback.print_exc()
             answer = Failure(request_id=request.request_id, message=describe(error))
+        except Exception as error:
+            # A reader that died, a GPU in an error that stays: nothing that comes would fare better. A new bridge may.
+            traceback.print_exc()
+            print(describe(error), file=sys.stderr, flush=True)  # in one line, the one that the trainer quotes
+            os._exit(1)
         connection.send(answer)
 
 

@@ -105,8 +105,22 @@ class Worker:
         """Write every array of a slot. A sample whose pictures are gone or broken by now is masked out of its row.
 
         Raises:
-          ValueError: a row does not fit, or the target gave features that cannot be true.
+          ValueError: a row does not fit, even once torch has given back the memory that it keeps for later; or the
+            target gave features that cannot be true.
         """
+        for last in (self._ranks is not None, True):  # once where the other ranks would not repeat it
+            try:
+                return self._fill(split, rows, slot)
+            except torch.OutOfMemoryError as error:
+                if last:
+                    raise ValueError(
+                        f"the target ran out of GPU memory in rows {[row.row_id for row in rows]}; raise "
+                        "bridge.memory_fraction, or lower trainer.memory_fraction, data.row_tokens or data.max_pixels"
+                    ) from error
+            torch.cuda.empty_cache()  # does nothing on a CPU
+        raise AssertionError
+
+    def _fill(self, split: Split, rows: Sequence[Row], slot: Mapping[str, Producer]) -> tuple[FilledRow, ...]:
         assert len(rows) == self._spec.rows_per_request
         fields = {name: torch.from_dlpack(producer) for name, producer in slot.items()}  # the slot's own memory
         self.prepare(split, rows)
@@ -115,17 +129,11 @@ class Worker:
         filled, own = [], self._spec.own_rows
         for r, (row, futures) in enumerate(zip(rows, prepared, strict=True)):
             samples = self._agreed([future.result() for future in futures])
-            try:
-                if r in own:
-                    out = {name: tensor[r - own.start] for name, tensor in fields.items()}
-                    filled.append(self._fill_row(row, samples, out))
-                else:  # another rank's row: only this rank's part of the target's work
-                    extend(self.target, [sample for sample in samples if sample.request is not None])
-            except torch.OutOfMemoryError as error:
-                raise ValueError(
-                    f"the target ran out of GPU memory in row {row.row_id}; lower trainer.memory_fraction, "
-                    "data.row_tokens or data.max_pixels, or raise bridge.memory_fraction"
-                ) from error
+            if r in own:
+                out = {name: tensor[r - own.start] for name, tensor in fields.items()}
+                filled.append(self._fill_row(row, samples, out))
+            else:  # another rank's row: only this rank's part of the target's work
+                extend(self.target, [sample for sample in samples if sample.request is not None])
         if torch.cuda.is_available():
             for gpu in {torch.cuda.current_device(), self._spec.slot_gpu}:
                 torch.cuda.current_stream(gpu).synchronize()  # the slot's bytes are complete: see `memory`

@@ -3,7 +3,7 @@
 It does as told by the request: split "eval" is an error of that request, and a row with sample id
   SLEEP: fills half a slot and then takes for ever;
   CRASH: ends the process with exit code 7;  SPAWN: forks a child that keeps its connection open, and puts
-  the child's id into the log.
+  the child's id into the log;  BREAK: raises what is no fault of the request.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from feature_bridge.contracts import (
 from feature_bridge.memory import Producer
 
 HIDDEN = 3
-SLEEP, CRASH, SPAWN = -1, -2, -3
+SLEEP, CRASH, SPAWN, BREAK = -1, -2, -3, -4
 
 
 def make_spec(
@@ -95,6 +95,8 @@ class FakeWorker:
             if (child := os.fork()) == 0:
                 time.sleep(1000)
             print("child", child)
+        if BREAK in special:
+            raise RuntimeError("CUDA error: an illegal address\nCompile with more flags")
         if CRASH in special:
             if self._spec.rank.index != self._spec.rank.count - 1:  # the other ranks wait for the last one
                 time.sleep(1000)

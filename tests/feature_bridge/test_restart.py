@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_worker import CRASH, SLEEP, field_bytes, make_spec
+from fake_worker import BREAK, CRASH, SLEEP, field_bytes, make_spec
 
 from feature_bridge.client import BridgeError, connect
 from feature_bridge.contracts import Row, SlotLayout
@@ -115,6 +115,16 @@ def test_restarts_run_out(restarting):
     with pytest.raises(BridgeError, match="ended with exit code 7") as caught:
         client.next_filled()
     assert caught.value.kind == "died"
+    assert len(said) == 1
+
+
+def test_what_is_no_fault_of_the_request_ends_the_bridge(restarting):
+    """A reader that died, a GPU's error that stays: a bridge that goes on would fail at every row."""
+    start, said = restarting
+    client = start(restarts=1)
+    client.fill("train", rows(0, BREAK))
+    with pytest.raises(BridgeError, match=r"exit code 1; .* ends: RuntimeError: CUDA error: an illegal .* more flags$"):
+        client.next_filled()
     assert len(said) == 1
 
 

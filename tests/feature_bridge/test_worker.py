@@ -97,6 +97,39 @@ class Broken:
         return Extended(self._change(self._target.extend(requests).features.clone()), None)
 
 
+class Exhausted:
+    """A target whose first `times` calls of `method` find no memory left."""
+
+    def __init__(self, target, method: str, times: int):
+        self._target, self._method, self._times = target, method, times
+
+    def __getattr__(self, name):
+        function = getattr(self._target, name)
+        if name != self._method:
+            return function
+
+        def call(*args, **options):
+            self._times -= 1
+            if self._times >= 0:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return function(*args, **options)
+
+        return call
+
+
+@pytest.mark.parametrize("method", ["extend", "prepare"])  # the vision tower runs in either
+def test_a_target_without_memory_is_asked_once_more(worker, monkeypatch, method):
+    expected, tensors = fill(worker, (1, 2), (0,))
+    target = worker.target
+    monkeypatch.setattr(worker, "target", Exhausted(target, method, 1))
+    filled, again = fill(worker, (1, 2), (0,))
+    assert filled == expected
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    monkeypatch.setattr(worker, "target", Exhausted(target, method, 99))
+    with pytest.raises(ValueError, match=r"GPU memory in rows \[7, 8\]; raise bridge\.memory_fraction, .*max_pixels"):
+        fill(worker, (1, 2), (0,))
+
+
 class Alternating:
     """The next target of `targets` at every extend; everything else is `target`'s."""
 
