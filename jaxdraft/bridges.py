@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from feature_bridge.client import BridgeError, Client, connect
 from feature_bridge.contracts import BridgeSpec, DataSpec, Rank, TargetSpec
-from feature_bridge.cuda_ipc import Gpu, host_gpus
+from feature_bridge.cuda_ipc import Gpu, host_gpus, num_gpus
 from feature_bridge.in_process import InProcessClient
 from feature_bridge.restart import RestartingClient
 from feature_bridge.server import DEFAULT_WORKER, load_worker
@@ -210,7 +210,7 @@ def _environment(device: jax.Device, target_gpus: Sequence[int] | None) -> dict[
         # Threads of two processes that spin for the same cores slow each other down many times over.
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 2) // 2))
         return {"OMP_NUM_THREADS": threads}
-    if len(jax.local_devices()) == 1 and target_gpus is None:
+    if num_gpus() == 1 and target_gpus is None:  # of several that it sees, a process may have been given one
         return {}
     own, there = Gpu(device.local_hardware_id).uuid, host_gpus()
     if target_gpus is None:

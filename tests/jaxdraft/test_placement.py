@@ -36,6 +36,7 @@ def opened(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
     monkeypatch.setattr(bridges, "Gpu", FakeGpu)
     monkeypatch.setattr(bridges, "host_gpus", lambda: HOST)
+    monkeypatch.setattr(bridges, "num_gpus", lambda: 2)
     monkeypatch.setattr(bridges, "connect", lambda spec, **options: (spec, options["env"]))
 
     def open_one(number: int, **bridge):
@@ -65,6 +66,17 @@ def test_a_bridge_sees_the_targets_gpu_and_the_slots(opened, number, gpus, visib
     spec, env = opened(number, devices=gpus)
     assert env == {"CUDA_VISIBLE_DEVICES": visible}
     assert spec.slot_gpu == slot_gpu
+
+
+def test_a_process_with_one_of_several_gpus(opened, monkeypatch):
+    """Several processes of a host: JAX gives each the GPU of its local index, and each sees all."""
+    (second,) = one = [device(1)]
+    monkeypatch.setattr(jax, "local_devices", lambda: one)
+    bridge, data = BridgeConfig(transport="cuda_ipc"), DataConfig(train_path="d")
+    config = Config(name="x", target=TargetConfig(path="t"), data=data, bridge=bridge)
+    assert open_bridge(config, (0, 1), log_path="log", team=[Seat(second)])[1] == {"CUDA_VISIBLE_DEVICES": "GPU-3"}
+    monkeypatch.setattr(bridges, "num_gpus", lambda: 1)  # CUDA_VISIBLE_DEVICES says which, to the bridge as well
+    assert open_bridge(config, (0, 1), log_path="log", team=[Seat(second)])[1] == {}
 
 
 def test_gpus_that_are_not_there(opened):
