@@ -72,8 +72,8 @@ def resolve(value: Any, folder: Path, what: str = "picture") -> Media:
         raise broken(what, f"given as {_shorten(value)}, expected a path or a URL")
     scheme = value.split(":", 1)[0].lower() if ":" in value else ""
     if scheme == "data":
-        return value
-    if scheme in ("http", "https"):
+        return "data:" + value.partition(":")[2]
+    if scheme != "file" and re.match(r"[a-z][a-z0-9+.-]*://", value, re.IGNORECASE):  # https, s3, gs, hf, ..
         raise broken(what, f"at {_shorten(value)} is remote; download it and give its path")
     if scheme == "file":
         value = _path_of(value, what)
@@ -94,7 +94,8 @@ def read(media: Media, what: str = "picture") -> bytes:
         try:
             if not comma:
                 raise ValueError("no comma")
-            return base64.b64decode(body, validate=True) if header.endswith(";base64") else _percent_decode(body)
+            plain = urllib.parse.unquote_to_bytes(body)
+            return _decode_base64(plain) if header.lower().endswith(";base64") else plain
         except (ValueError, binascii.Error) as error:
             raise broken(what, f"data URL does not decode: {error}") from error
     try:
@@ -126,6 +127,14 @@ def decode(encoded: bytes, name: str) -> Image.Image:
             return _eight_bits(upright).convert("RGB")
         except Exception as error:  # decoders of broken files raise nearly anything
             raise MediaError(f"picture {name} does not decode: {error}") from error
+
+
+def mime(encoded: bytes, name: str) -> str:
+    """The picture's type, "image/png". Raises MediaError."""
+    with _open(encoded, name) as picture:
+        if encoded.startswith(b"\xff\xd8\xff"):  # PIL knows kinds of JPEG that servers do not
+            return "image/jpeg"
+        return Image.MIME[picture.format]
 
 
 def broken(what: str, reason: str) -> MediaError:
@@ -188,8 +197,10 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 
-def _percent_decode(body: str) -> bytes:
-    return urllib.parse.unquote_to_bytes(body)
+def _decode_base64(text: bytes) -> bytes:
+    """With line breaks or without, in the alphabet of URLs as well, padded or not."""
+    text = b"".join(text.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
+    return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
 
 
 def _shorten(value: Any, limit: int = 80) -> str:

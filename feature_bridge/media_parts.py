@@ -12,8 +12,6 @@ from feature_bridge.conversations import Conversation
 from feature_bridge.media import Media, MediaError
 from feature_bridge.video import Video
 
-_MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
-
 
 class PartWriter:
     """Writes the contents of a conversation's messages, in their order.
@@ -53,9 +51,9 @@ class PartWriter:
 
 
 def data_url(reference: Media, kind: str = "image") -> str:
-    """Raises MediaError: the picture or video is gone."""
+    """Raises MediaError: the picture or video is gone, or the picture is none."""
     if isinstance(reference, str) and reference.startswith("data:"):
         return reference
     encoded = media.read(reference, "picture" if kind == "image" else kind)
-    known = next((name for magic, name in _MAGIC.items() if encoded.startswith(magic)), "png")
-    return f"data:{f'image/{known}' if kind == 'image' else 'video/mp4'};base64,{base64.b64encode(encoded).decode()}"
+    mime = media.mime(encoded, media.describe(reference)) if kind == "image" else "video/mp4"
+    return f"data:{mime};base64,{base64.b64encode(encoded).decode()}"

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from sample_helpers import chat, data_spec, load_family, picture, png, wrap, write_jsonl
 
-from feature_bridge import media, samples
+from feature_bridge import media, media_parts, samples
 from feature_bridge import readers as readers_module
 from feature_bridge.contracts import TargetSpec
 from feature_bridge.index import build_indexes
@@ -45,6 +45,37 @@ def test_file_url_names_the_file_it_spells(name, tmp_path):
 def test_file_url_of_another_host_is_refused(url, tmp_path):
     with pytest.raises(MediaError, match=r"is on the host '[^/]*' by its URL; write file:///absolute/path, or"):
         media.resolve(url, tmp_path)
+
+
+@pytest.mark.parametrize("url", ["http://x/y.png", "HTTPS://x/y.png", "s3://x/y.png", "gs://x/y.png", "hf://x/y.png"])
+def test_remote_pictures_are_named_so(url, tmp_path):
+    with pytest.raises(MediaError, match="is remote; download it and give its path"):
+        media.resolve(url, tmp_path)
+
+
+def test_data_urls_as_people_write_them(rng, tmp_path):
+    """Any case, line breaks, the alphabet of URLs, no padding, quoted."""
+    encoded = rng.integers(0, 256, 1000, np.uint8).tobytes()  # 1000 bytes are padded with two "="
+    body = base64.b64encode(encoded).decode()
+    safe = base64.urlsafe_b64encode(encoded).decode()
+    lines = "\r\n".join(body[i : i + 76] for i in range(0, len(body), 76))
+    bodies = [body, lines, safe, safe.rstrip("="), body.replace("+", "%2B").replace("=", "%3D")]
+    for url in [f"data:image/png;base64,{b}" for b in bodies] + [f"DATA:image/png;charset=utf-8;BASE64,{body}"]:
+        assert media.read(media.resolve(url, tmp_path)) == encoded
+    for bad in ("data:image/png;base64", "data:;base64,@@@@", "data:;base64,abcde"):
+        with pytest.raises(MediaError, match="data URL does not decode"):
+            media.read(media.resolve(bad, tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "AVIF"])
+def test_data_url_says_the_pictures_type(kind, rng):
+    file = io.BytesIO()
+    picture(rng, 20, 20).save(file, kind)
+    assert media_parts.data_url(file.getvalue()).startswith(
+        f"data:image/{ {'MPO': 'jpeg'}.get(kind, kind.lower()) };base64,"
+    )
+    with pytest.raises(MediaError, match="is not an image file"):
+        media_parts.data_url(b"RIFF but no picture")
 
 
 # --- one sample never stops the others --------------------------------------------------------------------------------
