@@ -12,6 +12,7 @@ import numpy as np
 from feature_bridge.media import SampleError
 
 _CHUNK_BYTES = 1 << 20
+_GZIP = b"\x1f\x8b"
 
 
 class Source(Protocol):
@@ -41,6 +42,10 @@ def open_source(path: str, field: str) -> Source:
     if Path(path).is_dir():
         return DatasetSource(path, field)
     try:
+        with open(path, "rb") as file:
+            packed = file.read(len(_GZIP)) == _GZIP
+        if packed:
+            raise ValueError(f"{field}={path!r} is packed by gzip; unpack it and give the JSONL file")
         return JsonlSource(path)
     except OSError as error:
         raise ValueError(
