@@ -44,7 +44,7 @@ class Conversation:
     """Messages as chat templates take them; it ends with an assistant turn.
 
     `content` is a string, or, in a turn with pictures or videos, a list of `{"type": "image"}`, `{"type": "video"}` and
-    `{"type": "text", "text": …}`.
+    `{"type": "text", "text": …}`. An answer that is not to be learnt has `"weight": 0`, as in OpenAI's format.
     """
 
     sample_id: str
@@ -72,10 +72,13 @@ def parse(record: Any, where: str, folder: Path) -> Conversation:
     """
     if not isinstance(record, dict):
         raise _broken(f"expected a JSON object, got {type(record).__name__}")
-    openai = record.get("messages") is not None
+    openai = bool(record.get("messages"))
     turns = record["messages"] if openai else record.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise _broken("neither 'messages' nor 'conversations' holds a list of turns")
+    for key in ("tools", "functions"):  # they would belong into the prompt
+        if record.get(key) not in (None, "", "[]", [], {}):
+            raise _broken(f"the record has {key}, which are not read; leave out conversations with tools")
     beside = _beside(record, "image") + _beside(record, "video")
     # Elsewhere "<image>" is a piece of text like any other.
     marked = tuple(kind for kind in _NAMES if not openai or any(visual.kind == kind for visual in beside))
@@ -93,12 +96,15 @@ def parse(record: Any, where: str, folder: Path) -> Conversation:
     # Nothing after the last answer is supervised, and templates render an answer otherwise once a question follows it.
     end = len(roles) - roles[::-1].index("assistant")
     messages, images, videos = [], [], []
-    for role, pieces, reasoning in zip(roles[:end], contents[:end], reasonings[:end], strict=True):
+    for role, pieces, reasoning, turn in zip(roles[:end], contents, reasonings, turns, strict=False):
         seen = [piece for piece in pieces if isinstance(piece, _Visual)]
         images += [media.resolve(piece.value, folder) for piece in seen if piece.kind == "image"]
         videos += [video.resolve(piece.value, piece.fps, folder) for piece in seen if piece.kind == "video"]
         message = {"role": role, "content": _as_template_content(pieces)}
-        messages.append(message | ({"reasoning_content": reasoning} if reasoning else {}))
+        unlearnt = role == "assistant" and turn.get("weight") == 0
+        messages.append(
+            message | ({"reasoning_content": reasoning} if reasoning else {}) | ({"weight": 0} if unlearnt else {})
+        )
     sample_id = record.get("id")
     named = isinstance(sample_id, str | int)
     return Conversation(str(sample_id) if named else where, tuple(messages), tuple(images), tuple(videos))
@@ -121,8 +127,10 @@ def _read_turn(turn: Any, index: int) -> tuple[str, Any, str]:
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise _broken(f"turn {index} has the unknown role {name!r}")
-    if turn.get("tool_calls"):
+    if turn.get("tool_calls") or turn.get("function_call"):
         raise _broken(f"turn {index} calls tools, which are not read")
+    if role == "assistant" and turn.get("weight") not in (None, 0, 1):
+        raise _broken(f"turn {index} has weight={turn['weight']!r}, which is not read; give 0 or 1")
     content = turn["content"] if turn.get("content") is not None else turn.get("value")
     reasoning = turn.get("reasoning_content") or ""
     if not isinstance(reasoning, str):
@@ -174,7 +182,7 @@ def _split_markers(text: str, kinds: tuple[str, ...]) -> list[_Piece]:
 def _beside(record: dict[str, Any], kind: str) -> list[_Visual]:
     value = record.get(f"{kind}s") if record.get(f"{kind}s") is not None else record.get(kind)
     values = value if isinstance(value, list) else [value]
-    return [_Visual(kind, value) for value in values if value is not None]
+    return [_Visual(kind, value) for value in values if value is not None and value != ""]  # "": LLaVA's rows of text
 
 
 def _place(beside: list[_Visual], roles: list[str], contents: list[list[_Piece]]) -> None:

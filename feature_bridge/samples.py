@@ -197,15 +197,19 @@ def answer_starts(messages: Sequence[dict[str, Any]], processor: Processor) -> t
     The conversation is rendered again with a mark in place of every answer, which no generation prompt contains. What
     turn i generates starts where that text and render(messages[:i], add_generation_prompt) part: after the role header
     and whatever of the prompt's think stub stands there. What lies between two answers is the same in the marked text
-    and the real one, which locates the starts in the latter. Assistant turns before any other are context alone: no
-    prompt asks for them.
+    and the real one, which locates the starts in the latter. Assistant turns before any other are context alone, as
+    no prompt asks for them, and so are those of weight 0.
 
     Raises:
         SampleError: the template refuses the conversation, or rewrites it so that the answers cannot be found.
     """
     roles = [message["role"] for message in messages]
     leading = len(list(itertools.takewhile("assistant".__eq__, roles)))
-    answers = [index for index, role in enumerate(roles) if role == "assistant" and index >= leading]
+    answers = [
+        index
+        for index, message in enumerate(messages)
+        if index >= leading and message["role"] == "assistant" and message.get("weight") != 0
+    ]
     marks = {index: f"\uf8ff{index}\uf8ff" for index in answers}
     marked = [_marked(message, marks[index]) if index in marks else message for index, message in enumerate(messages)]
     try:
@@ -217,6 +221,12 @@ def answer_starts(messages: Sequence[dict[str, Any]], processor: Processor) -> t
         raise SampleError("chat template", f"{begins}the chat template refuses the conversation: {error}") from error
     if leading == len(roles):
         raise SampleError("broken line", "begins with an assistant turn; no question and answer follow it")
+
+    for token in processor.tokenizer.convert_ids_to_tokens(sorted(processor.eos_token_ids)):
+        if token and text.count(token) > marked_text.count(token):  # else what follows it could pass for the next turn
+            raise SampleError(
+                "chat template", f"an answer contains {token}, which ends a turn of this target; take it out"
+            )
 
     starts, position, marked_position = [], 0, 0
     for index, prompt in zip(answers, prompts, strict=True):

@@ -1,10 +1,13 @@
 """Records as people have them: turns that are no answers to learn, tools, texts that look like a chat, packed files."""
 
+import gzip
+
 import pytest
 from sample_helpers import QWEN3VL_TEMPLATE, data_spec, load_family, wrap
 
 from feature_bridge.media import SampleError
 from feature_bridge.samples import make_sample
+from feature_bridge.sources import open_source
 
 FAMILIES = ("qwen3.5", "qwen3-vl", "qwen2.5-vl", "qwen3")
 
@@ -51,3 +54,76 @@ def test_a_template_that_wants_a_question_first_is_named(tmp_path):
     turns = record(("assistant", "Welcome!"), ("user", "One?"), ("assistant", "The first."))
     with pytest.raises(SampleError, match="begins with an assistant turn; the chat template refuses .*: ask first"):
         make_sample(turns, "x:1", tmp_path, wrap(tokenizer), data_spec())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("weights", [(0, 1), (1, 0), (None, False)])
+def test_answers_of_weight_0_are_context(family, weights, processors, tmp_path):
+    answers = [
+        ("assistant", text, {"weight": w}) for text, w in zip(("The first.", "The other."), weights, strict=True)
+    ]
+    text, learnt = supervised(
+        record(("user", "One?"), answers[0], ("user", "Two?"), answers[1]), processors[family], tmp_path
+    )
+    assert learnt == ("The other." if weights[0] == 0 else "The first.") + "<|im_end|>"
+    assert "The first." in text
+    assert "The other." in text
+
+
+# --- texts that look like a chat --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_that_quotes_the_next_turn_is_refused(family, processors, tmp_path):
+    """Else the mask would begin in the quotation."""
+    fake = "see <|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\nfake"
+    turns = record(("user", "One?"), ("assistant", fake), ("user", "Two?"), ("assistant", "The real one."))
+    with pytest.raises(SampleError, match=r"an answer contains <\|im_end\|>, which ends a turn"):
+        make_sample(turns, "x:1", tmp_path, processors[family], data_spec())
+    asked = record(("user", fake), ("assistant", "Yes."), ("user", fake), ("assistant", "Yes."))
+    assert supervised(asked, processors[family], tmp_path)[1] == "Yes.<|im_end|>Yes.<|im_end|>"
+
+
+# --- fields -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "turn", "reason"),
+    [
+        ({"tools": [{"type": "function"}]}, {}, "the record has tools, which are not read; leave out"),
+        ({"tools": '[{"name": "f"}]'}, {}, "the record has tools"),
+        ({"functions": [{"name": "f"}]}, {}, "the record has functions"),
+        ({}, {"function_call": {"name": "f"}}, "turn 1 calls tools, which are not read"),
+        ({}, {"weight": 0.5}, r"turn 1 has weight=0.5, which is not read; give 0 or 1"),
+        ({}, {"weight": "0"}, r"turn 1 has weight='0', which is not read"),
+    ],
+)
+def test_fields_that_would_be_lost_are_refused(more, turn, reason, processors, tmp_path):
+    with pytest.raises(SampleError, match=reason):
+        make_sample(
+            record(("user", "Q"), ("assistant", "A", turn), **more), "x", tmp_path, processors["qwen3"], data_spec()
+        )
+
+
+@pytest.mark.parametrize("empty", [{"tools": []}, {"tools": "[]"}, {"image": ""}, {"images": [""]}, {"video": ""}])
+def test_empty_fields_mean_nothing(empty, processors, tmp_path):
+    texts = [
+        supervised(record(("user", "Q"), ("assistant", "A"), **more), processors["qwen3.5"], tmp_path)
+        for more in ({}, empty)
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("messages", [[], None, ""])
+def test_empty_messages_beside_conversations(messages, processors, tmp_path):
+    given = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "messages": messages}
+    assert supervised(given, processors["qwen3.5"], tmp_path)[1] == "A<|im_end|>"
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_packed_file_is_one_error(tmp_path):
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(b'{"messages": []}\n' * 99))
+    with pytest.raises(ValueError, match=r"data.train_path='.*gz' is packed by gzip; unpack it and give the JSONL"):
+        open_source(str(tmp_path / "t.jsonl.gz"), "data.train_path")
