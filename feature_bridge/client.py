@@ -64,7 +64,7 @@ def connect(
       ValueError: `python` cannot be run, the transport is not there, or the bridge is of another version.
     """
     deadline = time.monotonic() + start_timeout_s
-    link = launch(spec, log_path=log_path, python=python, env=env, deadline=deadline, worker=worker)
+    link = launch(spec, log_path=log_path, python=python, env=env, worker=worker)
     with killed_on_error([link]):
         return Client(spec, link, deadline, request_timeout_s)
 

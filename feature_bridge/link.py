@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +18,6 @@ from feature_bridge.process import BridgeProcess
 _POLL_S = 0.1  # how often whoever waits looks whether the process is alive
 _PEER_EXIT_S = 1.0  # how long after a broken collective the rank that broke it may take to be seen to have ended
 _EXIT_S = 2.0  # how long a bridge that closed its connection may take to end by itself
-_MAX_SOCKET_PATH = 100  # the kernel takes 107 bytes
 
 
 class BridgeError(RuntimeError):
@@ -46,51 +43,40 @@ def launch(
     log_path: str | Path,
     python: str | None,
     env: Mapping[str, str] | None,
-    deadline: float,
     worker: str | None,
     name: str = "the feature bridge",
 ) -> Link:
-    """Starts a bridge process and waits until it has connected: its index and its target are still to come.
+    """Starts a bridge process: it is heard of when its index and its target are there.
 
-    Arguments and errors are those of `connect`; `deadline` is one of the monotonic clock, `name` is for the user.
+    Arguments and errors are those of `connect`; `name` is for the user.
     """
     assert spec.transport != "in_process"
     if spec.transport == "cuda_ipc":
         require_gpu("the trainer")
-    with _listen() as (listener, socket_path):
-        command = [python or sys.executable, "-m", "feature_bridge.server", "--socket", socket_path]
+    ours, theirs = socket.socketpair()  # no name, so that nobody else finds it and nothing of it is ever left
+    with theirs:
+        command = [python or sys.executable, "-m", "feature_bridge.server", "--fd", str(theirs.fileno())]
         command += ["--worker", worker] if worker else []
-        process = BridgeProcess(command, document=wire.dump_spec(spec), log_path=Path(log_path), env=env or {})
-        link = Link(process, name)
-        with killed_on_error([link]):
-            link.accept(listener, deadline)
-    return link
+        try:
+            process = BridgeProcess(
+                command,
+                document=wire.dump_spec(spec),
+                log_path=Path(log_path),
+                env=env or {},
+                pass_fds=(theirs.fileno(),),
+            )
+        except BaseException:
+            ours.close()
+            raise
+    return Link(process, wire.Connection(ours), name)
 
 
 class Link:
     """A bridge process and the connection to it."""
 
-    connection: wire.Connection
-
-    def __init__(self, process: BridgeProcess, name: str):
-        self.process, self.name = process, name
+    def __init__(self, process: BridgeProcess, connection: wire.Connection, name: str):
+        self.process, self.connection, self.name = process, connection, name
         self.peers: Sequence[Link] = ()  # other ranks of its target: it cannot go on without them
-
-    def accept(self, listener: socket.socket, deadline: float) -> None:
-        """Waits for the process to connect."""
-        listener.settimeout(_POLL_S)
-        while True:
-            exited = self.process.has_exited()
-            with contextlib.suppress(TimeoutError):
-                self.connection = wire.Connection(listener.accept()[0])
-                return
-            if exited:
-                raise self._died()
-            if time.monotonic() >= deadline:
-                raise BridgeError(
-                    f"{self.name} did not connect in time (see {self.process.log_path}); raise bridge.start_timeout_s",
-                    kind="timeout",
-                )
 
     def send(self, message: Any) -> None:
         try:
@@ -161,25 +147,3 @@ def killed_on_error(links: Sequence[Link]) -> Iterator[None]:
         for link in links:
             link.process.kill()
         raise
-
-
-@contextlib.contextmanager
-def _listen() -> Iterator[tuple[socket.socket, str]]:
-    """A listening Unix socket, mode 0600, in a directory of its own, mode 0700.
-
-    Both are gone as soon as the bridge has connected: no name is left that another process could find.
-    """
-    parent = tempfile.gettempdir()
-    if len(parent) + len("/bridge-12345678/socket") > _MAX_SOCKET_PATH:
-        parent = "/tmp"
-    directory = Path(tempfile.mkdtemp(prefix="bridge-", dir=parent))  # mkdtemp makes it 0700
-    path = directory / "socket"
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            listener.bind(str(path))
-            os.chmod(path, 0o600)
-            listener.listen(1)
-            yield listener, str(path)
-    finally:
-        path.unlink(missing_ok=True)
-        directory.rmdir()

@@ -17,8 +17,16 @@ _GIST_BYTES, _GIST_CHARS = 65536, 300
 class BridgeProcess:
     """Leader of a session: Ctrl-C in the trainer's terminal does not reach it, and a kill reaches its children."""
 
-    def __init__(self, command: Sequence[str], *, document: bytes, log_path: Path, env: Mapping[str, str]):
-        """Starts `command` with `document` on its standard input; its output is appended to `log_path`.
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        document: bytes,
+        log_path: Path,
+        env: Mapping[str, str],
+        pass_fds: Sequence[int] = (),
+    ):
+        """Starts `command` with `document` on its standard input and the files `pass_fds`; its output is appended to `log_path`.
 
         Raises:
           ValueError: the interpreter cannot be run.
@@ -35,6 +43,7 @@ class BridgeProcess:
                     stderr=subprocess.STDOUT,
                     env=_environment(env),
                     start_new_session=True,
+                    pass_fds=pass_fds,
                 )
             except OSError as error:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""`python -m feature_bridge.server --socket PATH < spec.json`: the bridge process. The trainer starts it (`client.py`).
+"""`python -m feature_bridge.server --fd N < spec.json`: the bridge process. The trainer starts it (`client.py`).
 
     trainer --spec--> build the worker --Ready, RingMemory--> trainer
     trainer --Fill--> acquire a slot -> worker.fill -> publish --Filled--> trainer --Release--> free the slot
@@ -200,15 +200,14 @@ def _follow_parent() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m feature_bridge.server", description=__doc__.splitlines()[0])
-    parser.add_argument("--socket", required=True, help="Unix socket on which the trainer listens")
+    parser.add_argument("--fd", type=int, required=True, help="number of the open socket to the trainer")
     parser.add_argument("--worker", default=DEFAULT_WORKER, metavar="MODULE:CLASS", help="default: %(default)s")
     args = parser.parse_args()
     faulthandler.enable()
     sys.setswitchinterval(_SWITCH_S)
     _follow_parent()
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.connect(args.socket)
-    connection = wire.Connection(sock)
+    os.set_inheritable(args.fd, False)
+    connection = wire.Connection(socket.socket(fileno=args.fd))
     try:
         serve(connection, wire.parse_spec(sys.stdin.buffer.read()), args.worker)
     except Exception as error:

@@ -51,7 +51,7 @@ def connect_team(
     with contextlib.ExitStack() as started:
         for i, (spec, log_path, env) in enumerate(zip(specs, log_paths, envs, strict=True)):
             name = f"rank {i} of {len(specs)} of the feature bridge"
-            link = launch(spec, log_path=log_path, python=python, env=env, deadline=deadline, worker=worker, name=name)
+            link = launch(spec, log_path=log_path, python=python, env=env, worker=worker, name=name)
             started.enter_context(killed_on_error([link]))
             links.append(link)
         for link in links:
