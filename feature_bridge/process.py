@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
 import subprocess
@@ -26,7 +27,10 @@ class BridgeProcess:
         env: Mapping[str, str],
         pass_fds: Sequence[int] = (),
     ):
-        """Starts `command` with `document` on its standard input and the files `pass_fds`; its output is appended to `log_path`.
+        """Starts `command` with `document` on its standard input and the files `pass_fds` open.
+
+        Its output is appended to `log_path`.
+
 
         Raises:
           ValueError: the interpreter cannot be run.
@@ -41,7 +45,7 @@ class BridgeProcess:
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=_environment(env),
+                    env=_environment(env, log_path.parent),
                     start_new_session=True,
                     pass_fds=pass_fds,
                 )
@@ -110,10 +114,20 @@ class BridgeProcess:
         return f"its log {self.log_path} {gist}"
 
 
-def _environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """The trainer's environment and `extra`, made so that `-m feature_bridge.server` is found."""
+def _environment(extra: Mapping[str, str], directory: Path) -> dict[str, str]:
+    """The trainer's environment and `extra`, made so that `-m feature_bridge.server` is found and is this very code.
+
+    What is installed beside this package would clash with the bridge's own packages: so an installed one is shown by a
+    link that is alone in a folder of `directory`.
+    """
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1", **extra}
-    root = Path(__file__).resolve().parent.parent
-    if "site-packages" not in root.parts:  # a checkout; the packages of another environment would clash with its own
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), env.get("PYTHONPATH")]))
+    package = Path(__file__).resolve().parent
+    root = package.parent
+    if root.name in ("site-packages", "dist-packages"):
+        # Hosts that share `directory` may have it elsewhere.
+        root = directory.resolve() / f".python-{hashlib.sha256(bytes(package)).hexdigest()[:12]}"
+        root.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            (root / package.name).symlink_to(package, target_is_directory=True)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), env.get("PYTHONPATH")]))
     return env

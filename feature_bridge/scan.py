@@ -126,7 +126,7 @@ def _scan_in_workers(
                 other.kill()
 
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    package_parent = str(Path(__file__).resolve().parents[1])
+    package_parent = str(Path(__file__).absolute().parents[1])  # not resolved: see `process._environment`
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
     workers, threads, failed = [], [], []
     try:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -278,3 +279,34 @@ def test_a_trainer_that_is_killed_at_any_time_leaves_nothing(tmp_path, scratch):
     script.chmod(0o755)
     with start(tmp_path / "log", python=str(script)):
         assert (tmp_path / "seen").read_text() == ""
+
+
+def test_an_installed_trainer_shows_its_package_and_nothing_else(tmp_path):
+    """The bridge's environment has no feature_bridge, and must not get the trainer's libraries with it."""
+    site = tmp_path / "trainer" / "site-packages"
+    shutil.copytree(TESTS.parent / "feature_bridge", site / "feature_bridge")
+    (site / "only_the_trainers.py").touch()
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "where.py").write_text(
+        "import importlib.util, feature_bridge.scan\n"
+        "def worker(spec):\n"
+        "    found = importlib.util.find_spec('only_the_trainers')\n"
+        "    raise ValueError(f'{feature_bridge.__file__} {found}')\n"
+    )
+    (tmp_path / "run").mkdir()
+    trainer = (
+        f"import sys; sys.path[:0] = {[str(site), str(TESTS)]}\n"
+        "from fake_worker import make_spec\n"
+        "from feature_bridge.client import connect\n"
+        "try: connect(make_spec(), log_path='log', worker='where:worker')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    for _ in range(2):  # what the first start leaves serves the second
+        done = subprocess.run(
+            [sys.executable, "-c", trainer], cwd=tmp_path / "run", capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(tmp_path / "tests")},
+        )  # fmt: skip
+        file, found = done.stdout.split()
+        assert file.startswith(f"{tmp_path}/run/.python-"), done.stderr
+        assert found == "None"
+        assert Path(file).resolve() == site / "feature_bridge" / "__init__.py"
