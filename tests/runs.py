@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+from processes import popen
 
 TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny"
 
@@ -55,9 +57,8 @@ def get_config():
 
 def start(config: Path, *args: str, **env: str) -> subprocess.Popen:
     """`python -m jaxdraft.train` in a process of its own; one thread a library, so that sums have one order."""
-    environment = os.environ | {"XLA_FLAGS": "", "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"} | env
-    command = [sys.executable, "-m", "jaxdraft.train", "--config", str(config), *args]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    env = {"XLA_FLAGS": "", "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"} | env
+    return popen([sys.executable, "-m", "jaxdraft.train", "--config", config, *args], env)
 
 
 def run(config: Path, *args: str, **env: str) -> tuple[int, str]:
@@ -85,17 +86,44 @@ def kill_at(
     process: subprocess.Popen, run_dir: Path, step: int, *, victim: str, number: int = signal.SIGKILL
 ) -> tuple[int, str]:
     """Signals the trainer or its bridge once `step` is logged; the trainer's exit code and output."""
-    wait_until(lambda: step in metrics(run_dir) or process.poll() is not None)
-    assert process.poll() is None, f"ended before step {step}: {process.communicate()[0][-2000:]}"
-    os.kill(process.pid if victim == "trainer" else bridge_of(process.pid), number)
-    output, _ = process.communicate(timeout=120)
+    wait_for_step(process, run_dir, step)
+    os.kill(process.pid if victim == "trainer" else wait_for_bridge(process), number)
+    output, _ = process.communicate(timeout=240)
     return process.returncode, output
 
 
-def bridge_of(trainer: int) -> int:
-    """The pid of a trainer's bridge."""
-    children = psutil.Process(trainer).children(recursive=True)
-    return next(child.pid for child in children if "feature_bridge.server" in " ".join(child.cmdline()))
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
+    """Waits until the log has `step` and is this process's, which has cut off what one before it logged in vain."""
+    file = str(run_dir / "metrics.jsonl")
+
+    def is_there(trainer: psutil.Process) -> bool:
+        return step in metrics(run_dir) and any(opened.path == file for opened in trainer.open_files())
+
+    _wait_for(process, is_there, f"step {step}")
+
+
+def wait_for_bridge(process: subprocess.Popen) -> int:
+    """The pid of a trainer's bridge (one of them, where it has several), which may have to start first."""
+    pids: list[int] = []
+
+    def is_there(trainer: psutil.Process) -> bool:
+        for child in trainer.children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may end while it is looked at
+                pids.extend([child.pid] * ("feature_bridge.server" in child.cmdline()))
+        return bool(pids)
+
+    _wait_for(process, is_there, "there was a bridge")
+    return pids[0]
+
+
+def _wait_for(process: subprocess.Popen, condition: Callable[[psutil.Process], bool], what: str) -> None:
+    def is_over() -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):  # as above
+            return process.poll() is not None or condition(psutil.Process(process.pid))
+        return False
+
+    wait_until(is_over)
+    assert process.poll() is None, f"ended before {what}: {process.communicate()[0][-2000:]}"
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 240) -> None:

