@@ -12,9 +12,7 @@ The comparison is `jaxdraft.parity`.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +28,7 @@ from rich.table import Table
 
 from feature_bridge.model_files import read_json
 from jaxdraft.bridges import Bridge, BridgeError
-from jaxdraft.cli import parse_args, run_command
+from jaxdraft.cli import Parser, parse_command, run_command
 from jaxdraft.config import Config
 from jaxdraft.convert import form_of, load_draft, read_draft_config
 from jaxdraft.evaluate import as_served
@@ -198,17 +196,9 @@ def print_verdicts(console: Console, title: str, verdicts: Sequence[Verdict]) ->
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 1 where a system differs from the JAX draft, or could not load what it should."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxdraft.check", description=__doc__.splitlines()[0], add_help=False, allow_abbrev=False
-    )
-    parser.add_argument("--draft", metavar="DIR", help="directory of an exported draft")
-    own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(rest):
-        parser.print_help()
-        print("\nand the fields of the config:\n")
-    config = parse_args(rest)
-    if own.draft is None:
-        raise ValueError("--draft is missing; give the directory of an exported draft")
+    parser = Parser(prog="python -m jaxdraft.check", description=__doc__.splitlines()[0])
+    parser.add_argument("--draft", metavar="DIR", required=True, help="directory of an exported draft")
+    own, config = parse_command(parser, argv)
     verdicts = check_draft(own.draft, config)
     console = Console()
     print_verdicts(console, f"{own.draft} in every system", verdicts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,16 +72,15 @@ class DataConfig:
     """Where indexes are cached; None: nowhere."""
 
     def __post_init__(self):
-        _require(
-            self.row_tokens > 0, "data.row_tokens", self.row_tokens, "give the length of a row in tokens, e.g. 4096"
-        )
+        _at_least(self, "data.", 1, "row_tokens", "eval_rows")
+        _at_least(self, "data.", 1, "min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels")
+        _at_least(self, "data.", 0, "num_workers")
         _require(
             0 <= self.eval_fraction < 1,
             "data.eval_fraction",
             self.eval_fraction,
             "give a share of at least 0 and below 1",
         )
-        _require(self.eval_rows >= 1, "data.eval_rows", self.eval_rows, "evaluate at least one row")
         for kind in ("", "video_"):
             low, high = getattr(self, f"{kind}min_pixels"), getattr(self, f"{kind}max_pixels")
             if low is not None and high is not None:
@@ -121,7 +120,9 @@ class DraftOptions:
     """Directory of an exported draft to start from; None: random weights from the seed."""
 
     def __post_init__(self):
-        _require(self.num_layers >= 1, "draft.num_layers", self.num_layers, "give at least 1")
+        _at_least(self, "draft.", 1, "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+        _at_least(self, "draft.", 1, "sliding_window")
+        _at_least(self, "draft.", 0, "mask_token_id")
         _require(
             self.block_size >= 2,
             "draft.block_size",
@@ -155,10 +156,13 @@ class BridgeConfig:
     """The bridge's interpreter, of another virtual environment say; None: the trainer's own."""
     sglang_args: dict[str, int | float | bool | str] = field(default_factory=dict)
     """Further SGLang server arguments, name value pairs."""
-    verify: bool = True
-    """Check the capture against forward hooks on the target's own layers at start."""
+    verify: bool = False
+    """Compare SGLang's features of a probe batch with transformers' at start, which loads the target a second time
+    (before SGLang does); that they are the layers asked for is always checked."""
     start_timeout_s: float = 1800.0
     """Seconds that a bridge may take to start: the index and the target."""
+    hang_timeout_s: float = 5.0
+    """Seconds that a ready bridge may give no sign of life while its process is stopped or sleeps; then it hangs."""
     request_timeout_s: float = 300.0
     """Seconds that filling one slot may take; a bridge that takes longer counts as hung."""
     tensor_parallel: int = 1
@@ -178,20 +182,20 @@ class BridgeConfig:
                 f"bridge.devices={self.devices} with bridge.transport={self.transport!r} is not possible: name "
                 "at least one GPU and use 'cuda_ipc', or leave it out"
             )
-        _require(self.tensor_parallel >= 1, "bridge.tensor_parallel", self.tensor_parallel, "give at least 1")
+        _at_least(self, "bridge.", 1, "tensor_parallel")
+        _at_least(self, "bridge.", 0, "restarts", "reader_processes")
+        for name in ("start_timeout_s", "request_timeout_s", "hang_timeout_s"):
+            _require(getattr(self, name) > 0, f"bridge.{name}", getattr(self, name), "give a number of seconds above 0")
         if self.tensor_parallel > 1 and self.transport == "in_process":
             raise ValueError(
                 f"bridge.tensor_parallel={self.tensor_parallel} needs a process for each device; "
                 "use bridge.transport='shared_memory' or 'cuda_ipc'"
             )
-        _require(self.restarts >= 0, "bridge.restarts", self.restarts, "give 0 or more")
-        if self.reader_processes is not None:
-            _require(self.reader_processes >= 0, "bridge.reader_processes", self.reader_processes, "give 0 or more")
-            if self.reader_processes and self.transport == "in_process":
-                raise ValueError(
-                    f"bridge.reader_processes={self.reader_processes} needs a bridge process; "
-                    "use bridge.transport='shared_memory' or 'cuda_ipc', or 0"
-                )
+        if self.reader_processes and self.transport == "in_process":
+            raise ValueError(
+                f"bridge.reader_processes={self.reader_processes} needs a bridge process; "
+                "use bridge.transport='shared_memory' or 'cuda_ipc', or 0"
+            )
         _require_fraction("bridge.memory_fraction", self.memory_fraction)
         _require(
             self.num_slots >= 2,
@@ -240,6 +244,8 @@ class DistributedConfig:
     """Seconds that a process may be missing or hung before the run ends."""
 
     def __post_init__(self):
+        _at_least(self, "distributed.", 1, "num_processes")
+        _at_least(self, "distributed.", 0, "process_id")
         _require(self.timeout_s >= 2, "distributed.timeout_s", self.timeout_s, "give at least 2 seconds")
 
 
@@ -300,18 +306,12 @@ class Config:
     """Start anew where OUTPUT_DIR/NAME has checkpoints already; the old run is moved aside."""
 
     def __post_init__(self):
-        for name in (
-            "epochs",
-            "rows_per_device",
-            "accumulation",
-            "log_interval",
-            "eval_interval",
-            "save_interval",
-            "keep_checkpoints",
-        ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
-        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "give at least 1, or None")
-        _require(bool(re.fullmatch(r"[\w.-]+", self.name)), "name", self.name, "use letters, digits, '.', '_' and '-'")
+        _require_numbers(self)
+        _at_least(self, "", 1, "epochs", "max_steps", "rows_per_device", "accumulation", "keep_checkpoints")
+        _at_least(self, "", 1, "log_interval", "eval_interval", "save_interval", "max_new_tokens")
+        _at_least(self, "", 0, "seed", "max_bad_batches", "num_decode")
+        well_formed = re.fullmatch(r"\w[\w.-]*", self.name)  # never ".": --fresh would move all runs aside
+        _require(well_formed, "name", self.name, "use letters, digits, '_', '.' and '-', not the last two at first")
         if (self.bridge.memory_fraction or 0) + (self.trainer.memory_fraction or 0) > 1:
             raise ValueError(
                 f"bridge.memory_fraction={self.bridge.memory_fraction} and trainer.memory_fraction="
@@ -341,10 +341,28 @@ class Config:
         return Path(self.output_dir) / self.name
 
 
+def _at_least(part: Any, prefix: str, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(part, name)
+        _require(value is None or value >= least, prefix + name, value, f"give {least} or more")
+
+
+def _require_numbers(part: Any, prefix: str = "") -> None:
+    """Every number of a config and of its parts is finite, and every integer fits in 64 bits."""
+    for name in (f.name for f in fields(part)):
+        value = getattr(part, name)
+        if is_dataclass(value):
+            _require_numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, float):
+            _require(math.isfinite(value), prefix + name, value, "give a finite number")
+        elif isinstance(value, int):
+            _require(abs(value) < 2**63, prefix + name, value, "give a number of at most 63 bits")
+
+
 def _require_fraction(name: str, value: float | None) -> None:
     _require(value is None or 0 < value < 1, name, value, "give a share of the GPU above 0 and below 1, or None")
 
 
-def _require(ok: bool, name: str, value: Any, remedy: str) -> None:
+def _require(ok: object, name: str, value: Any, remedy: str) -> None:
     if not ok:
         raise ValueError(f"{name}={value!r} is not possible: {remedy}")

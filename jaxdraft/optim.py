@@ -39,7 +39,7 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be in [0, 1); use 0.9 and 0.999")
-        if self.weight_decay < 0:
+        if not self.weight_decay >= 0:
             raise ValueError(f"optim.weight_decay={self.weight_decay} must not be negative; use 0 for none")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"optim.clip_norm={self.clip_norm} must be positive; use None for no clipping")

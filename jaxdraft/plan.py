@@ -10,10 +10,8 @@ f, d, t: sizes of the mesh axes; h: hidden size; q, k: widths of all query and o
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +22,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from jaxdraft.cli import parse_args, run_command
+from jaxdraft.cli import Parser, parse_command, run_command
 from jaxdraft.config import Config
 from jaxdraft.gpu_memory import gib
 from jaxdraft.model.dflash import DraftConfig
@@ -49,6 +47,16 @@ class Machine:
     network_gbs: float = 50.0
     """GB/s of a GPU to other hosts."""
     gpus_per_host: int = 8
+
+
+MACHINE_HELP = {
+    "memory_gb": "memory of a GPU, GB",
+    "tflops": "peak of dense bfloat16 products, TFLOP/s",
+    "share": "share of that peak which a step reaches",
+    "link_gbs": "a GPU to others of its host, GB/s one way",
+    "network_gbs": "a GPU to other hosts, GB/s",
+    "gpus_per_host": "GPUs of a host",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,20 +276,15 @@ def print_plan(console: Console, config: Config, draft: DraftConfig, mesh: Any, 
 
 def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxdraft.plan", description=__doc__.splitlines()[0], add_help=False, allow_abbrev=False
-    )
-    parser.add_argument("--devices", type=int, default=1, help="of the whole run")
+    parser = Parser(prog="python -m jaxdraft.plan", description=__doc__.splitlines()[0])
+    parser.add_argument("--devices", type=int, default=1, help="of the whole run; default: %(default)s")
     parser.add_argument("--tokens", type=float, metavar="MILLIONS", help="of the training data, for hours")
     parser.add_argument("--target-params", type=float, default=0.0, metavar="BILLIONS", help="that share the device")
     parser.add_argument("--scaling", action="store_true", help="print the projected curve of 1 to 1024 devices")
     for name, field in Machine.__dataclass_fields__.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(field.default), default=field.default)
-    own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(rest):
-        parser.print_help()
-        print("\nand the fields of the config:\n")
-    config = parse_args(rest)
+        option, what = f"--{name.replace('_', '-')}", f"{MACHINE_HELP[name]}; default: %(default)s"
+        parser.add_argument(option, type=type(field.default), default=field.default, help=what)
+    own, config = parse_command(parser, argv)
     target = open_target(config.target, weights=False)
     draft = make_draft_config(config.draft, target)
     mesh = plan_mesh(config, own.devices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from jaxdraft.checkpoint import as_json
+from jaxdraft.checkpoint import Checkpoints, as_json, check_resume
 from jaxdraft.config import CONFIG_FILE, Config
 from jaxdraft.data import Schedule, plan_eval
 from jaxdraft.distributed import is_first, wait_for_all
@@ -26,17 +26,22 @@ from jaxdraft.model.dflash import DraftConfig
 VERSIONED = ("jaxdraft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
-def open_run_dir(config: Config) -> Path:
+def open_run_dir(config: Config, draft: DraftConfig) -> Path:
     """OUTPUT_DIR/NAME, created, the config in it; with `fresh`, what was there is moved aside first.
 
     Raises:
-      ValueError: the directory cannot be written.
+      ValueError: the directory cannot be written, or the run in it was begun with another config or draft.
     """
     run_dir = config.run_dir
     try:
         if config.fresh and run_dir.exists() and is_first():
             run_dir.rename(run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
         wait_for_all("directory of the run")
+        with Checkpoints(run_dir, keep=sys.maxsize, read_only=True) as checkpoints:
+            if checkpoints.latest is not None:  # now, and not once the bridge has loaded its target
+                known = as_json({"config": config, "draft": draft})
+                saved = checkpoints.meta(checkpoints.latest)
+                check_resume({name: saved[name] for name in known}, known)
         run_dir.mkdir(parents=True, exist_ok=True)
         if is_first():  # for `--config RUN`: what the run really had, command line included
             write_json(run_dir / CONFIG_FILE, as_json(dataclasses.replace(config, fresh=False)))
@@ -146,10 +151,10 @@ def run_meta(config: Config, draft: DraftConfig, plan: Plan, ready: Any) -> dict
             "draft": draft,
             "mask_token_id": draft.mask_token_id,
             "index_digest": ready.indexes["train"].digest,
+            "backend": ready.target.backend,
             "capture": ready.target.capture,
             "rows_per_step": plan.rows_per_step,
             "total_steps": plan.total_steps,
-            "backend": ready.target.backend,
             "versions": {name: metadata.version(name) for name in VERSIONED},
         }
     )

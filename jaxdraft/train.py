@@ -89,7 +89,7 @@ def train(config: Config, console: Console) -> int:
     draft, start_params = choose_draft(config, target)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     check_mesh(mesh, draft, config.data.row_tokens)
-    run_dir = open_run_dir(config)
+    run_dir = open_run_dir(config, draft)
     claim_gpu_memory(mesh.local_devices)
     report.print_bridge_start(console, config, bridge_logs(run_dir)[0])
 

@@ -99,7 +99,7 @@ def test_refuses_a_draft_of_another_target(config, directory, tmp_path):
 
 
 def test_the_command_needs_a_draft():
-    with pytest.raises(ValueError, match="--draft is missing"):
+    with pytest.raises(ValueError, match="required: --draft"):
         main(["--config", "tiny_qwen35vl.py"])
-    with pytest.raises(ValueError, match=r"draft nowhere has no config\.json"):
+    with pytest.raises(ValueError, match=r"draft=.nowhere. has no config\.json"):
         main(["--config", "tiny_qwen35vl.py", "--draft", "nowhere"])
