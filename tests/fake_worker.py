@@ -3,7 +3,8 @@
 It does as told by the request: split "eval" is an error of that request, and a row with sample id
   SLEEP: fills half a slot and then takes for ever;
   CRASH: ends the process with exit code 7;  SPAWN: forks a child that keeps its connection open, and puts
-  the child's id into the log;  BREAK: raises what is no fault of the request.
+  the child's id into the log;  BREAK: raises what is no fault of the request;
+  HANG: sleeps with the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import struct
 import time
 from pathlib import Path
@@ -34,7 +36,7 @@ from feature_bridge.contracts import (
 from feature_bridge.memory import Producer
 
 HIDDEN = 3
-SLEEP, CRASH, SPAWN, BREAK = -1, -2, -3, -4
+SLEEP, CRASH, SPAWN, BREAK, HANG = -1, -2, -3, -4, -5
 
 
 def make_spec(
@@ -95,6 +97,8 @@ class FakeWorker:
             if (child := os.fork()) == 0:
                 time.sleep(1000)
             print("child", child)
+        if HANG in special:
+            ctypes.PyDLL(None).sleep(1000)
         if BREAK in special:
             raise RuntimeError("CUDA error: an illegal address\nCompile with more flags")
         if CRASH in special:
@@ -107,7 +111,8 @@ class FakeWorker:
             ctypes.memmove(
                 slot[field.name].address, field_bytes(field, rows, self._spec.feature_slice), field.num_bytes
             )
-            if SLEEP in special:
+            if SLEEP in special:  # deaf to signals, as in a call of a native library
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
                 time.sleep(1000)
         return tuple(FilledRow(row_id=r.row_id, num_tokens=len(r.samples), samples=r.samples) for r in rows)
 

@@ -235,8 +235,8 @@ TRAINER = """
     client.fill("train", (Row(row_id=1, samples=()), Row(row_id=2, samples=())))
     client.next_filled()
     client.fill("train", (Row(row_id=1, samples=(SPAWN, SLEEP)), Row(row_id=2, samples=())))
-    print(client.pid, flush=True)
-    os.fork()  # a child that keeps the connection open
+    if os.fork():  # a child keeps the connection open
+        print(client.pid, flush=True)
     time.sleep(1000)
 """
 
