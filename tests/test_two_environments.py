@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 
 import pytest
@@ -44,6 +45,23 @@ def test_a_run_across_two_environments(pythons, tmp_path):
     assert metrics[4]["loss"] < metrics[1]["loss"]
     assert "huggingface transformers" in done.stdout
     assert load_params(tmp_path / "runs" / "small")[1]["step"] == 4
+
+
+def test_the_hopper_kernels_in_the_newest_jax(pythons):
+    """Interpreted; JAX's interpreter for Python 3.11 lacks what they need, so that there they are skipped."""
+    trainer, _ = pythons
+    version = "import jax, sys; sys.exit(jax.__version_info__ < (0, 11))"
+    if subprocess.run([trainer, "-c", version], env=clean_environment()).returncode:
+        pytest.skip("no Python 3.12 at hand, for which there is a JAX of version 0.11")
+    # More devices than cores: XLA has as many threads, and the warpgroups, a thread each, wait for each other.
+    environment = clean_environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    file = two_environments.REPOSITORY / "tests" / "jaxdraft" / "test_mosaic_kernels.py"
+    options = ["--noconftest", "-p", "no:cacheprovider", "-k", "attention or softmax_weights"]
+    done = subprocess.run(
+        [trainer, "-m", "pytest", file, *options], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert re.search(r"^9 passed, \d+ deselected", done.stdout, re.MULTILINE), done.stdout[-3000:]
 
 
 def test_an_interpreter_that_is_not_there(tmp_path):

@@ -19,11 +19,11 @@ REQUIREMENTS = REPOSITORY / "feature_bridge" / "requirements"
 
 
 def trainer_python() -> Path:
-    """Python 3.12 with the newest JAX and flax where there is one; else this Python with the pinned ones."""
+    """Python 3.12 with the newest JAX, flax and pytest where there is one; else this Python with the pinned ones."""
     wanted = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
     newer = _python312()
     pins = [] if newer else ["-c", str(REQUIREMENTS / "constraints-py311.txt")]
-    return _environment("trainer", newer or sys.executable, [[*pins, *wanted]])
+    return _environment("trainer", newer or sys.executable, [[*pins, *wanted, "pytest", "hypothesis"]])
 
 
 def bridge_python() -> Path:
