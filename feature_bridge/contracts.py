@@ -34,7 +34,7 @@ class TargetSpec:
     layer_ids: tuple[int, ...]  # ascending; the feature of id l is the output of layer l
     trust_remote_code: bool = False
     sglang_args: dict[str, Any] = field(default_factory=dict)
-    verify: bool = True  # compare a probe batch with forward hooks on the target's own layers at start
+    verify: bool = False  # compare SGLang's features of a probe batch with transformers' at start
 
 
 @dataclass(frozen=True, kw_only=True)

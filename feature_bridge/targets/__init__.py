@@ -10,14 +10,14 @@ from feature_bridge.contracts import BridgeSpec, TargetSpec
 from feature_bridge.model_files import find_model, open_tensors, read_config, tensor_files
 from feature_bridge.targets import sglang_versions
 from feature_bridge.targets.base import Target, check_layer_ids
-from feature_bridge.targets.probe import check_layer_contract
+from feature_bridge.targets.probe import check_layer_contract, probe_requests
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _FROZEN_MODULES = ("embed_tokens", "lm_head")  # the trainer reads them as plain matrices
 
 
 def load_target(spec: BridgeSpec, *, memory_budget: int | None = None) -> Target:
-    """The target that `spec` asks for, its layer contract checked if `spec.target.verify`.
+    """The target that `spec` asks for, its layer contract checked; by transformers too if `spec.target.verify`.
 
     Args:
       spec: of the bridge.
@@ -50,7 +50,10 @@ def load_target(spec: BridgeSpec, *, memory_budget: int | None = None) -> Target
                 "install it or use 'huggingface'"
             )
         from feature_bridge.targets.sglang import SGLangTarget
+        from feature_bridge.targets.verify import check_against, reference_states
 
+        verify = spec.target.verify and spec.rank.index == 0
+        reference = reference_states(spec.target, directory, max_tokens) if verify else None
         target: Any = SGLangTarget(
             spec.target, directory, max_tokens=max_tokens, memory_budget=memory_budget, rank=spec.rank
         )
@@ -63,11 +66,21 @@ def load_target(spec: BridgeSpec, *, memory_budget: int | None = None) -> Target
             )
         from feature_bridge.targets.huggingface import HuggingFaceTarget
 
-        target = HuggingFaceTarget(spec.target, directory, max_tokens=max_tokens)
+        target, reference = HuggingFaceTarget(spec.target, directory, max_tokens=max_tokens), None
         declared = target.info.capture
-    untried = backend == "sglang" and not sglang_versions.is_known(version)
-    if spec.target.verify or untried:
-        target.info = replace(target.info, capture=check_layer_contract(target, declared))
+    if target.max_tokens < spec.data.max_length:
+        raise ValueError(
+            f"the target takes {target.max_tokens} tokens at once, fewer than data.max_length={spec.data.max_length}; "
+            "raise bridge.memory_fraction, lower data.max_length, or take context_length and max_total_tokens out of "
+            "bridge.sglang_args"
+        )
+    target.info = replace(target.info, capture=check_layer_contract(target, declared))
+    if reference is not None:
+        errors = check_against(target, reference, spec.target.dtype)
+        shown = ", ".join(f"{kind} {error:.1e}" for kind, error in errors.items())
+        print(f"bridge.verify: relative error of {target.info.backend} to {reference.backend}: {shown}", flush=True)
+    elif spec.target.verify and backend == "sglang":
+        target.extend(probe_requests(target, seed=0))  # the first rank compares, and none of them runs alone
     return target
 
 

@@ -6,6 +6,9 @@ So a small batch (a text, and a picture where the target sees) is captured while
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -80,6 +83,11 @@ def probe_requests(target: Target, seed: int) -> list[Request]:
         picture = torch.from_numpy(pixels.astype(np.float32))
         requests.append(Request(tokens=np.array(tokens, np.int32), pixel_values=picture, image_grids=(grid,)))
     return requests
+
+
+def placeholder_mask(requests: Sequence[Request], config: Any) -> np.ndarray:
+    """Which tokens of a batch stand for pictures or videos, [n] bool."""
+    return np.isin(np.concatenate([request.tokens for request in requests]), list(placeholder_ids(config)))
 
 
 def _check_values(captured: dict[int, Tensor], target: Target) -> None:

@@ -30,7 +30,9 @@ MAX_REQUESTS = 32  # of one extend; a row of more samples takes several. State m
 # are filled up to one of few lengths, by a request of its own at the end whose states nobody sees.
 TOKENS_MULTIPLE = {"cpu": 1, "cuda": 512}
 _ALONE = Rank()
-EMBEDDING_CACHE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+# What SGLang wants beside a tower: its key has the company (`sglang_visuals`), so an embedding is found again only
+# where the same pictures come together again, as in the conversations that are decoded.
+EMBEDDING_CACHE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 
 
 class SGLangTarget:
@@ -78,7 +80,8 @@ class SGLangTarget:
         self.config = self._runner.model_config.hf_config
         self._num_ranks = rank.count
         self.layer_ids = spec.layer_ids
-        self.max_tokens = min(max_tokens, self._runner.model_config.context_len)
+        # Fewer than asked for where the memory does not suffice, or `sglang_args` say so.
+        self.max_tokens = min(max_tokens, self._runner.model_config.context_len, self._runner.max_total_num_tokens)
         text = text_config(self.config)
         capture = release.deepstack_capture if has_deepstack(self.config) else "layer_output"
         self.capture_is_known = capture is not None
