@@ -71,8 +71,17 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """Step with the highest held-out tau; None before the first evaluation."""
+        return self._best[1]
+
+    @property
+    def best_tau(self) -> float | None:
+        """That tau."""
+        return self._best[0]
+
+    @property
+    def _best(self) -> tuple[float, int] | tuple[None, None]:
         rated = [(c.metrics["tau"], c.step) for c in self._checkpointer.checkpoints if c.metrics]
-        return max(rated)[1] if rated else None
+        return max(rated, default=(None, None))
 
     def save(self, step: int, state: Any, meta: dict[str, Any], *, tau: float | None = None) -> None:
         """Starts saving in the background; waits only for the save before it. A step that is there already is kept."""

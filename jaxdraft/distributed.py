@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from jaxdraft.config import Config, DistributedConfig
+from jaxdraft.signals import Stopped, exit_code
 
 _BEAT_S = 0.5
 
@@ -90,7 +91,8 @@ def _number(given: int | None, env: str | None) -> int | None:
 def joined(config: Config) -> Iterator[None]:
     """All processes of the run, joined; to be entered before anything asks JAX for a device.
 
-    In a run of several processes an error in one ends them all, with exit code 2 and one sentence that names it.
+    In a run of several processes an error in one ends them all, with exit code 2 and one sentence that names it; so
+    does a signal before the first step or after the last.
     """
     place = find_place(config.distributed, os.environ)
     if place is None:
@@ -119,13 +121,15 @@ def joined(config: Config) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, jax.errors.JaxRuntimeError):
             time.sleep(timeout + 10 * _BEAT_S)  # a collective broke off: `_Watch` will say whose fault it is
-        sentence = str(error) if isinstance(error, (ValueError, RuntimeError)) else repr(error)
-        if not isinstance(error, (ValueError, RuntimeError, SystemExit)):
+        known = isinstance(error, (ValueError, RuntimeError, Stopped))
+        sentence = str(error) if known else repr(error)
+        if not known and not isinstance(error, SystemExit):
             sys.excepthook(type(error), error, error.__traceback__)
         watch.leave(sentence or "an error")
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(2)  # JAX would wait for the others, which wait for this one
+        # (JAX would wait for the others, which wait for this one.)
+        os._exit(exit_code(error.number) if isinstance(error, Stopped) else 2)
 
 
 class _Watch:
@@ -223,24 +227,25 @@ def wait_for_all(name: str) -> None:
 
 
 class Vote:
-    """Whether any process has said yes: the same answer at the same step on all of them, without waiting.
+    """The largest number that a process has given: the same answer at the same step on all of them, without waiting.
 
-    A sum over the devices that runs behind the step it is cast in, and is read a step later. A process that is alone
-    gets its own answer at once.
+    A maximum over the devices that runs behind the step it is cast in, and is read a step later. A process that is
+    alone gets its own number at once.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):
         self._sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
-        self._count = jax.jit(lambda votes: votes.sum())
+        self._largest = jax.jit(lambda votes: votes.max())
         self._cast: jax.Array | None = None
 
-    def any(self, yes: bool) -> bool:
+    def largest(self, number: int) -> int:
+        """0 where all have given 0."""
         if jax.process_count() == 1:
-            return yes
+            return number
         shape = (self._sharding.num_devices,)
-        votes = jax.make_array_from_callback(shape, self._sharding, lambda _: np.full(1, yes, np.int32))
-        before, self._cast = self._cast, self._count(votes)
-        return before is not None and int(before) > 0
+        votes = jax.make_array_from_callback(shape, self._sharding, lambda _: np.full(1, number, np.int32))
+        before, self._cast = self._cast, self._largest(votes)
+        return 0 if before is None else int(before)
 
 
 def to_host(tree: Any) -> Any:

@@ -100,6 +100,7 @@ def finish(
         "export": str(exported),
         **({} if result is None else summarise(result, decoded)),
         "first_step": first,
+        "best_step": checkpoints.best,
         "tau_decoded_first": None if decoded_first is None else decoded_first.tau,
     }
     if result is not None:

@@ -1,17 +1,25 @@
-"""What a run says on the screen at its start and its end."""
+"""What a run says on the screen beside its steps: at its start, at evaluations, at its end."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from jaxdraft.config import Config
+from jaxdraft.eval_result import EvalResult
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.ops.block_attention import attention_choice
+from jaxdraft.parity import Verdict
 from jaxdraft.run import Plan
+
+
+def print_bridge_start(console: Console, config: Config, log: Path) -> None:
+    where = "in this process" if config.bridge.transport == "in_process" else f"log: {log}"
+    console.print(f"starting the bridge: index, then target ({where}) ...", highlight=False, soft_wrap=True)
 
 
 def print_start(console: Console, config: Config, draft: DraftConfig, ready: Any) -> None:
@@ -66,14 +74,34 @@ def print_plan(console: Console, plan: Plan) -> None:
     )
 
 
+def print_evaluation(console: Console, step: int, result: EvalResult, best_tau: float | None) -> None:
+    """The held-out rows at a step; `best_tau`: the highest of an earlier checkpoint, by which the best one is kept."""
+    best = "  (best)" if result.tau >= (best_tau or 0.0) else ""
+    console.print(
+        f"step {step}: held-out loss {result.loss:.3f}  tau {result.tau:.2f}  replayed {result.tau_replay:.2f}{best}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def print_check(console: Console, step: int, same: Verdict) -> None:
+    """What `check.check_first` found."""
+    console.print(
+        f"step {step}: the first checkpoint's export is the draft in training: {same.same_blocks} of {same.blocks} "
+        f"blocks the same, {same.near_ties} nearly tied, logits within {same.error:.0e}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """The figures of summary.json, and where things are."""
-
-    def tau(name: str) -> str:
-        return "not measured" if summary.get(name) is None else f"{summary[name]:.2f}"
-
+    last, best = summary["steps"], summary["best_step"]
+    which = f"step {last}"
+    if best not in (None, last):
+        which += f", the last; `python -m jaxdraft.export` takes the best evaluated one, step {best}"
     console.print(f"checkpoint  {summary['checkpoint']}", highlight=False, soft_wrap=True)
-    console.print(f"export      {summary['export']}", highlight=False, soft_wrap=True)
+    console.print(f"export      {summary['export']} ({which})", highlight=False, soft_wrap=True)
     if "tau_teacher_forced" not in summary:
         console.print("no held-out data: nothing was evaluated; set data.eval_path or data.eval_fraction")
         return
@@ -81,10 +109,14 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     table.add_column("")
     table.add_column("tau", justify="right")
     table.add_column("how")
-    table.add_row("teacher-forced", tau("tau_teacher_forced"), "every block of every answer")
-    table.add_row("replayed", tau("tau_replay"), "the blocks that decoding visits")
-    table.add_row("decoded", tau("tau_decoded"), f"{summary['num_decoded']} conversations, for real")
-    table.add_row("decoded, first checkpoint", tau("tau_decoded_first"), f"step {summary['first_step']}")
+    for title, name, how in (
+        ("teacher-forced", "tau_teacher_forced", "every block of every answer"),
+        ("replayed", "tau_replay", "the blocks that decoding visits"),
+        ("decoded", "tau_decoded", f"{summary['num_decoded']} conversations, for real"),
+        ("decoded, first checkpoint", "tau_decoded_first", f"step {summary['first_step']}"),
+    ):
+        if summary[name] is not None:
+            table.add_row(title, f"{summary[name]:.2f}", how)
     console.print(table)
     if summary["lossless"] is not None:
         verdict = (

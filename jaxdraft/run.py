@@ -1,4 +1,4 @@
-"""What belongs to a run beside its training loop: its directory, its meta, the order of its requests, its signals."""
+"""What belongs to a run beside its training loop: its directory, its meta, the order of its requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -158,28 +157,6 @@ def run_meta(config: Config, draft: DraftConfig, plan: Plan, ready: Any) -> dict
             "versions": {name: metadata.version(name) for name in VERSIONED},
         }
     )
-
-
-class StopSignal:
-    """SIGTERM or SIGINT asks the loop to save and end in good order; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._old[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            os._exit(128 + number)
-        self.received = signal.Signals(number).name
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:

@@ -1,0 +1,80 @@
+"""SIGTERM and SIGINT: a run ends at once where nothing has to be saved, else after the step; a second one at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def exit_code(number: int) -> int:
+    """Of a run that signal `number` ended before its end, as shells count: 130 after Ctrl-C, 143 after SIGTERM."""
+    return 128 + number
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run where there was nothing to save."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class StopSignal:
+    """Use as a context manager, on the main thread. `number`: of the signal that came, 0 before.
+
+    A thread answers on stderr, and ends the process at the second signal: the main thread may be in XLA's compiler for
+    minutes, where Python's own handlers wait.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.deferred = False
+        """While training: whoever trains looks at `number`, and saves. Else a signal raises `Stopped`."""
+        self.outcome = "nothing was trained yet"
+        """What is left of a run that is stopped where nothing is deferred, for the user."""
+
+    @property
+    def received(self) -> str | None:
+        return signal.Signals(self.number).name if self.number else None
+
+    def __enter__(self) -> StopSignal:
+        self._inbox, self._outbox = socket.socketpair()
+        self._outbox.setblocking(False)
+        self._thread = threading.Thread(target=self._answer, name="signals", daemon=True)
+        self._thread.start()
+        self._old: dict[int, Any] = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._old_fd = signal.set_wakeup_fd(self._outbox.fileno())
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        signal.set_wakeup_fd(self._old_fd)
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._outbox.close()
+        self._thread.join()
+        self._inbox.close()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            return
+        self.number = number
+        if not self.deferred:
+            raise Stopped(number)
+
+    def _answer(self) -> None:
+        came = 0
+        while byte := self._inbox.recv(1):  # the interpreter writes each signal's number, whatever its threads do
+            if byte[0] not in SIGNALS:
+                continue
+            came += 1
+            if came > 1:
+                os._exit(exit_code(byte[0]))
+            what = "saving after this step; once more ends at once" if self.deferred else f"stopped; {self.outcome}"
+            print(f"{signal.Signals(byte[0]).name}: {what}", file=sys.stderr, flush=True)
