@@ -101,10 +101,10 @@ def test_a_death_that_a_request_or_a_release_notices(restarting):
 
 def test_a_stopped_bridge_is_hung(restarting):
     start, said = restarting
-    client = start(request_timeout_s=1.0)
+    client = start(request_timeout_s=5.0)
     os.kill(client.pid, signal.SIGSTOP)
     client.fill("train", rows(0))
-    assert contents(client, client.next_filled(timeout=1.0)) == expected(rows(0))
+    assert contents(client, client.next_filled(timeout=5.0)) == expected(rows(0))
     assert "did not answer" in said[0]
 
 
