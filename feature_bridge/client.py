@@ -46,6 +46,7 @@ def connect(
     env: Mapping[str, str] | None = None,
     start_timeout_s: float = 1800.0,
     request_timeout_s: float = 300.0,
+    hang_timeout_s: float = 5.0,
     worker: str | None = None,
 ) -> Client:
     """Starts a bridge process and waits until it is ready.
@@ -57,6 +58,7 @@ def connect(
       env: environment variables, beside the trainer's own.
       start_timeout_s: seconds that it may take to be ready, the index and the target included.
       request_timeout_s: seconds that filling one slot may take.
+      hang_timeout_s: seconds that it may be silent and idle once it is ready.
       worker: "module:Class" of another worker, for tests.
 
     Raises:
@@ -66,7 +68,7 @@ def connect(
     deadline = time.monotonic() + start_timeout_s
     link = launch(spec, log_path=log_path, python=python, env=env, worker=worker)
     with killed_on_error([link]):
-        return Client(spec, link, deadline, request_timeout_s)
+        return Client(spec, link, deadline, request_timeout_s, hang_timeout_s)
 
 
 class Client:
@@ -78,6 +80,7 @@ class Client:
         link: Link,
         deadline: float,
         request_timeout_s: float,
+        hang_timeout_s: float,
     ):
         """Waits for `Ready` until `deadline` (of the monotonic clock)."""
         self._link = link
@@ -100,6 +103,7 @@ class Client:
             link.connection.take_fd,
         )
         self._weights = MappedWeights(self._start_message(SharedWeights, deadline))
+        link.hang_timeout_s = hang_timeout_s
         link.connection.spin = spec.transport == "cuda_ipc"  # from now on answers come by the tenth of a second
 
     @property

@@ -384,4 +384,15 @@ class Failure:
     message: str
 
 
-MESSAGES = (Fill, Release, Decode, Check, Shutdown, Ready, RingMemory, SharedWeights, Filled, Decoded, Checked, Failure)
+@dataclass(frozen=True, kw_only=True)
+class Ping:
+    """The trainer waits: is the bridge alive?"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pong:
+    """It is, whatever it is doing."""
+
+
+_TO_BRIDGE = (Fill, Release, Decode, Check, Shutdown, Ping)
+MESSAGES = (*_TO_BRIDGE, Pong, Ready, RingMemory, SharedWeights, Filled, Decoded, Checked, Failure)

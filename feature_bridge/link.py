@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import sys
 import time
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from feature_bridge import wire
-from feature_bridge.contracts import BridgeSpec, Failure
+from feature_bridge.contracts import BridgeSpec, Failure, Ping, Pong
 from feature_bridge.cuda_ipc import require_gpu
 from feature_bridge.process import BridgeProcess
 
 _POLL_S = 0.1  # how often whoever waits looks whether the process is alive
+_PING_S = 1.0  # how often whoever waits asks it for a sign of life
+_IDLE = 0.2  # of a core: a process that uses less does nothing
 _PEER_EXIT_S = 1.0  # how long after a broken collective the rank that broke it may take to be seen to have ended
 _EXIT_S = 2.0  # how long a bridge that closed its connection may take to end by itself
 
@@ -76,6 +79,7 @@ class Link:
 
     def __init__(self, process: BridgeProcess, connection: wire.Connection, name: str):
         self.process, self.connection, self.name = process, connection, name
+        self.hang_timeout_s = math.inf  # while it starts, which compilers and imports may hold up
         self.peers: Sequence[Link] = ()  # other ranks of its target: it cannot go on without them
 
     def send(self, message: Any) -> None:
@@ -88,20 +92,50 @@ class Link:
         """The next message; None at the deadline.
 
         Raises:
-          BridgeError: "refused" or "died", of this process or of a peer.
+          BridgeError: "refused" or "died", of this process or of a peer; "timeout", it hangs.
         """
+        silence = self._silence()
         while True:
             try:
                 message = self._next(min(_POLL_S, deadline - time.monotonic()))
             except BridgeError as error:
                 raise self._cause(error) from error
+            if isinstance(message, Pong):
+                silence = self._silence()
+                continue
             if message is not None:
                 return message
+            next(silence)
             for peer in self.peers:
                 if peer.process.has_exited():
                     raise peer.last_words()
             if time.monotonic() >= deadline:
                 return None
+
+    def _silence(self) -> Iterator[None]:
+        """To be advanced all the time that nothing is heard. Asks for signs of life, and raises where there are none.
+
+        One who is late because the machine is busy, or who holds the interpreter's lock and computes, does not hang:
+        silence is that of a process which is stopped, or whose threads all sleep.
+        """
+        silent, before, pinged, used = 0.0, time.monotonic(), time.monotonic(), self.process.cpu_seconds()
+        while silent < self.hang_timeout_s:
+            yield
+            now = time.monotonic()
+            silent, before = silent + min(now - before, _PING_S), now  # this process may have been stopped as well
+            if now - pinged >= _PING_S:
+                last, used = used, self.process.cpu_seconds()
+                if last is None or used is None or used - last > _IDLE * (now - pinged):
+                    silent = 0.0
+                pinged = now
+                if self.hang_timeout_s < math.inf:
+                    with contextlib.suppress(OSError):  # it has ended, which `receive` finds out
+                        self.connection.send(Ping())
+        raise BridgeError(
+            f"{self.name} (process {self.process.pid}) did not answer and did nothing for {self.hang_timeout_s:g} s: "
+            f"it hangs (see {self.process.log_path}); raise bridge.hang_timeout_s if it only sleeps",
+            kind="timeout",
+        )
 
     def last_words(self) -> BridgeError:
         """How a process ended that has."""

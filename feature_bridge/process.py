@@ -31,7 +31,6 @@ class BridgeProcess:
 
         Its output is appended to `log_path`.
 
-
         Raises:
           ValueError: the interpreter cannot be run.
         """
@@ -75,6 +74,17 @@ class BridgeProcess:
             return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
         except ChildProcessError:  # SIGCHLD is ignored here, so the kernel has forgotten it already
             return True
+
+    def cpu_seconds(self) -> float | None:
+        """That the process has used; None: it runs right now, or waits for a core or a disk."""
+        ticks = 0
+        for task in Path(f"/proc/{self.pid}/task").glob("*/stat"):
+            with contextlib.suppress(OSError):  # a thread that has just ended
+                state, *fields = task.read_text().rpartition(")")[2].split()
+                if state in "RD":
+                    return None
+                ticks += int(fields[10]) + int(fields[11])  # utime, stime: proc_pid_stat(5)
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def wait_for_exit(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds

@@ -38,6 +38,8 @@ from feature_bridge.contracts import (
     Fill,
     Filled,
     FilledRow,
+    Ping,
+    Pong,
     Ready,
     Release,
     Row,
@@ -164,6 +166,8 @@ def _read(connection: wire.Connection, ring: Ring, requests: queue.SimpleQueue) 
                     ring.release(slot, generation)
                 case Fill() | Decode() | Check() as request:
                     requests.put(request)
+                case Ping():
+                    connection.send(Pong())
                 case Shutdown():
                     ring.close()
                     requests.put(None)

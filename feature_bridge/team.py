@@ -42,6 +42,7 @@ def connect_team(
     python: str | None = None,
     start_timeout_s: float = 1800.0,
     request_timeout_s: float = 300.0,
+    hang_timeout_s: float = 5.0,
     worker: str | None = None,
 ) -> Team:
     """Starts the ranks, each with a spec, a log and an environment of its own; the rest is as in `client.connect`."""
@@ -56,7 +57,8 @@ def connect_team(
             links.append(link)
         for link in links:
             link.peers = [peer for peer in links if peer is not link]
-        return Team([Client(spec, link, deadline, request_timeout_s) for spec, link in zip(specs, links, strict=True)])
+        limits = (deadline, request_timeout_s, hang_timeout_s)
+        return Team([Client(spec, link, *limits) for spec, link in zip(specs, links, strict=True)])
 
 
 def _free_port() -> int:

@@ -169,6 +169,7 @@ def open_bridge(
         "python": config.bridge.python,
         "start_timeout_s": config.bridge.start_timeout_s,
         "request_timeout_s": config.bridge.request_timeout_s,
+        "hang_timeout_s": config.bridge.hang_timeout_s,
     }
     if len(team) == 1:
         start = functools.partial(connect, specs[0], log_path=log_path, env=envs[0], **options)

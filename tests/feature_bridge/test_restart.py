@@ -108,6 +108,27 @@ def test_a_stopped_bridge_is_hung(restarting):
     assert "did not answer" in said[0]
 
 
+def test_a_stopped_bridge_is_hung_long_before_its_request_is_late(restarting):
+    start, said = restarting
+    client = start(request_timeout_s=10_000.0)
+    client._client._link.hang_timeout_s = 2.0
+    os.kill(client.pid, signal.SIGSTOP)
+    client.fill("train", rows(0))
+    assert contents(client, client.next_filled()) == expected(rows(0))
+    assert len(said) == 1
+    assert "did not answer and did nothing for 2 s: it hangs" in said[0]
+
+
+def test_a_bridge_that_takes_long_is_not_hung(restarting):
+    """It sleeps in the middle of a fill, and answers."""
+    start, _said = restarting
+    client = start(restarts=0, request_timeout_s=4.0)
+    client._client._link.hang_timeout_s = 2.0
+    client.fill("train", rows(0, SLEEP))
+    with pytest.raises(BridgeError, match="did not answer request 1 within 4 s"):
+        client.next_filled()
+
+
 def test_restarts_run_out(restarting):
     start, said = restarting
     client = start(restarts=1)

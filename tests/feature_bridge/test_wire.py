@@ -25,6 +25,8 @@ from feature_bridge.contracts import (
     Filled,
     FilledRow,
     IndexTable,
+    Ping,
+    Pong,
     Ready,
     Release,
     RingMemory,
@@ -90,6 +92,8 @@ EXAMPLES = (
         seconds=0.5,
     ),
     Failure(request_id=None, message="no"),
+    Ping(),
+    Pong(),
 )
 
 
