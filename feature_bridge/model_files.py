@@ -114,7 +114,7 @@ def read_config(directory: str | Path, field: str = "target.path") -> dict[str, 
     """A model's config.json. Raises ValueError: there is none in the directory that `field` names, or it is broken."""
     file = Path(directory) / "config.json"
     if not file.is_file():
-        raise ValueError(f"{field}={str(directory)!r} has no config.json; give a complete model directory")
+        raise ValueError(f"{field}={str(directory)!r} has no config.json; give a complete directory")
     config = read_json(file)
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds no JSON object; download it again")

@@ -37,6 +37,7 @@ from jaxdraft.features import FeatureStream
 from jaxdraft.held_out import open_held_out
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import from_tensors, to_tensors
+from jaxdraft.model_card import NOT_SERVED_BY_SGLANG
 from jaxdraft.objective import Frozen, Params
 from jaxdraft.parity import (
     SYSTEMS,
@@ -171,7 +172,17 @@ def check_draft(directory: str | Path, config: Config, *, num_anchors: int = 6) 
         # As the target has them: a bfloat16 target rounds a float32 checkpoint.
         frozen = held.frozen(config.target.dtype)
         systems = SYSTEMS[form_of(directory)]
-        return [files, *compare_systems(held.bridge, directory, params, draft, frozen, conversations, systems)]
+        verdicts = compare_systems(held.bridge, directory, params, draft, frozen, conversations, systems)
+        return [files, *verdicts, *of_the_server(systems, target)]
+
+
+def of_the_server(systems: Sequence[str], target: TargetModel) -> list[Verdict]:
+    """SGLang's draft class may compute all that is right, and its server still refuse the draft beside this target."""
+    model_type = target.config.get("model_type")
+    if "sglang" not in systems or model_type not in NOT_SERVED_BY_SGLANG:
+        return []
+    note = f"its server has no DFLASH for a {model_type} target ({NOT_SERVED_BY_SGLANG[model_type]})"
+    return [Verdict(system="sglang's server", status="not run", note=note)]
 
 
 def print_verdicts(console: Console, title: str, verdicts: Sequence[Verdict]) -> None:
@@ -199,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m jaxdraft.check", description=__doc__.splitlines()[0])
     parser.add_argument("--draft", metavar="DIR", required=True, help="directory of an exported draft")
     own, config = parse_command(parser, argv)
+    form_of(own.draft)  # that it is a draft at all
     verdicts = check_draft(own.draft, config)
     console = Console()
     print_verdicts(console, f"{own.draft} in every system", verdicts)

@@ -55,7 +55,7 @@ def read_draft_config(directory: str | Path) -> DraftConfig:
       ValueError: no config.json, or a field that this model does not compute.
     """
     file = Path(directory) / "config.json"
-    config = read_config(directory, "draft")
+    config = _read_config(directory)
     try:
         return parse_draft_config(from_speculators(config) if is_speculators(config) else config)
     except KeyError as error:
@@ -66,7 +66,15 @@ def read_draft_config(directory: str | Path) -> DraftConfig:
 
 def form_of(directory: str | Path) -> str:
     """ "dflash" or "speculators". Raises ValueError: no config.json."""
-    return "speculators" if is_speculators(read_config(directory, "draft")) else "dflash"
+    return "speculators" if is_speculators(_read_config(directory)) else "dflash"
+
+
+def _read_config(directory: str | Path) -> dict[str, Any]:
+    if (Path(directory) / "checkpoints").is_dir():
+        raise ValueError(
+            f"draft {directory} is the directory of a run; give its export/, or export one of its checkpoints"
+        )
+    return read_config(directory, "draft")
 
 
 def parse_draft_config(config: Mapping[str, Any]) -> DraftConfig:

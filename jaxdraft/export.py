@@ -96,6 +96,7 @@ def export_draft(
             "form": form,
             "jaxdraft": _version(),
             "capture": capture,
+            "target_model_type": target.get("model_type"),
             "mask_token_id": config.mask_token_id,
             "target_layer_ids": list(config.target_layer_ids),
             "draft": dataclasses.asdict(config),

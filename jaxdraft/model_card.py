@@ -8,14 +8,23 @@ from typing import Any
 
 from jaxdraft.model.dflash import DraftConfig
 
-SERVE = """## Serving
+# Targets by model_type that SGLang captures and beside which its server has no DFLASH, and why; docs/families.md.
+NOT_SERVED_BY_SGLANG = {
+    "qwen2_5_vl": "SGLang 0.5.20: its class has no set_dflash_layers_to_capture",
+    "qwen3_vl": "SGLang up to 0.5.20: its class calls a set_dflash_layers_to_capture that the inner model lacks",
+}
 
-SGLang:
+SGLANG = """SGLang:
 
 ```bash
 python -m sglang.launch_server --model-path {target} \\
   --speculative-algorithm DFLASH --speculative-draft-model-path THIS_DIRECTORY
 ```
+"""
+
+SERVE = """## Serving
+
+{sglang}
 
 vLLM (not run by the program that wrote this card):
 
@@ -66,7 +75,10 @@ def model_card(
       summary: of an evaluation (`jaxdraft.eval_result.summarise`), with `tau_table` where there is one.
       has_curves: whether there is a curves.svg beside it.
     """
-    target = about.get("target", "TARGET")
+    target, refused = about.get("target", "TARGET"), NOT_SERVED_BY_SGLANG.get(about.get("target_model_type"))
+    sglang = (
+        f"SGLang does not serve this draft with its target ({refused})." if refused else SGLANG.format(target=target)
+    )
     shape = {
         "target": target,
         "run, step": f"{about.get('run', '-')}, {about.get('step', '-')}",
@@ -89,7 +101,7 @@ def model_card(
         _recipe(recipe),
         _data(data),
         (SERVE_SPECULATORS if about.get("form") == "speculators" else SERVE).format(
-            target=target, proposed=config.block_size - 1
+            target=target, proposed=config.block_size - 1, sglang=sglang.strip()
         ),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"

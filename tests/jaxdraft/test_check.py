@@ -19,15 +19,23 @@ from safetensors.numpy import save_file
 
 from jaxdraft import check, export
 from jaxdraft.bridges import open_bridge
-from jaxdraft.check import check_directory, check_draft, check_first, choose_conversations, print_verdicts
+from jaxdraft.check import (
+    check_directory,
+    check_draft,
+    check_first,
+    choose_conversations,
+    main,
+    of_the_server,
+    print_verdicts,
+)
 from jaxdraft.cli import load_config
 from jaxdraft.convert import load_draft
 from jaxdraft.export import digest, export_draft
 from jaxdraft.model.dflash import init_params
 from jaxdraft.model.tensors import from_tensors, to_tensors
 from jaxdraft.objective import Frozen
-from jaxdraft.parity import FIELDS, Blocks, Conversation, Verdict, config_fields, field_difference
-from jaxdraft.target import load_frozen, make_draft_config, open_target
+from jaxdraft.parity import FIELDS, SYSTEMS, Blocks, Conversation, Verdict, config_fields, field_difference
+from jaxdraft.target import TargetModel, load_frozen, make_draft_config, open_target
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 K_NORM = "layers.1.self_attn.k_norm.weight"
@@ -214,6 +222,21 @@ def test_the_table_says_what_did_not_run():
     text = console.export_text()
     assert "not installed" in text
     assert "z-lab: No module named 'dflash'" in text
+
+
+def test_a_server_without_dflash_for_the_target_has_its_own_line():
+    (verdict,) = of_the_server(SYSTEMS["dflash"], TargetModel(Path("t"), {"model_type": "qwen3_vl"}))
+    assert not verdict.failed
+    assert "no DFLASH for a qwen3_vl target" in verdict.note
+    assert of_the_server(SYSTEMS["dflash"], TargetModel(Path("t"), {"model_type": "qwen3_5"})) == []
+    assert of_the_server(SYSTEMS["speculators"], TargetModel(Path("t"), {"model_type": "qwen3_vl"})) == []
+
+
+def test_what_is_no_draft_is_said_before_anything_starts(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for directory, said in ((tmp_path, "is the directory of a run; give its export/"), ("no", "has no config.json")):
+        with pytest.raises(ValueError, match=said):
+            main(["--draft", str(directory), "--config", "tiny_qwen35vl.py"])
 
 
 def test_sglang_agrees(config, copy):

@@ -1,7 +1,10 @@
 """What an export carries beside weights: the PyTorch model for trust_remote_code, and the model card."""
 
+import ast
 import dataclasses
+import importlib.util
 import json
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -12,7 +15,7 @@ from jaxdraft.checkpoint import as_json
 from jaxdraft.config import Config, DataConfig, TargetConfig
 from jaxdraft.curves import PANEL_W, curves_svg, read_metrics
 from jaxdraft.export import export_draft, write_card
-from jaxdraft.model_card import model_card
+from jaxdraft.model_card import NOT_SERVED_BY_SGLANG, model_card
 
 SCALED = dataclasses.replace(
     CONFIG, input_embedding_scale=1.7, output_multiplier=0.6, final_logit_softcapping=3.0, is_causal=True
@@ -83,6 +86,15 @@ def test_the_card_says_what_is_known(tmp_path):
     assert "really decoded" not in text
 
 
+@pytest.mark.parametrize(("model_type", "served"), [("qwen3_5", True), ("qwen3_vl", False), ("qwen2_5_vl", False)])
+def test_the_card_does_not_promise_a_server(model_type, served, tmp_path):
+    directory = export_draft(random_tensors(), CONFIG, TARGET | {"model_type": model_type}, tmp_path / "draft")
+    text = (directory / "README.md").read_text()
+    assert ("sglang.launch_server" in text) == served
+    assert ("SGLang does not serve this draft" in text) == (not served)
+    assert "vllm serve" in text
+
+
 def metrics(steps):
     """Of a run: train lines, and an evaluation every 100 steps; one step's tau is not known."""
     for step in range(1, steps + 1):
@@ -123,3 +135,19 @@ def test_the_card_of_the_other_form(tmp_path):
     text = (directory / "README.md").read_text()
     assert "vllm serve THIS_DIRECTORY" in text
     assert "SGLang:" not in text
+
+
+def test_sglang_serves_what_the_card_says():
+    """By the sources of the installed SGLang: its server calls this method of the target's class."""
+    (package,) = importlib.util.find_spec("sglang").submodule_search_locations
+    source = {
+        name: (Path(package) / "srt" / "models" / f"{name}.py").read_text() for name in ("qwen2_5_vl", "qwen3_vl")
+    }
+    setter = "set_dflash_layers_to_capture"
+    assert setter not in source["qwen2_5_vl"]
+    assert f"self.model.{setter}(" in source["qwen3_vl"]
+    for name, inner in (("qwen3_vl", "Qwen3LLMModel"), ("qwen3", "Qwen3Model"), ("qwen2", "Qwen2Model")):
+        tree = ast.parse((Path(package) / "srt" / "models" / f"{name}.py").read_text())
+        (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == inner)
+        assert setter not in [node.name for node in body if isinstance(node, ast.FunctionDef)], inner
+    assert set(source) == set(NOT_SERVED_BY_SGLANG)
