@@ -43,7 +43,6 @@ from jaxdraft.parity import Conversation, conversations_of
 from jaxdraft.run import Plan, make_plan, open_run_dir, run_meta
 from jaxdraft.sharding import check_mesh, make_mesh, num_row_groups
 from jaxdraft.signals import Stopped, StopSignal, exit_code
-from jaxdraft.signals import Stopped, StopSignal, exit_code
 from jaxdraft.step_log import StepLog
 from jaxdraft.target import TargetModel, make_draft_config, open_target
 from jaxdraft.train_step import (
@@ -136,7 +135,6 @@ def train(config: Config, console: Console) -> int:
             state = state.resumed(checkpoints.restore(checkpoints.latest, abstract_like(state.saved())), options)
             console.print(f"resuming from step {checkpoints.latest}")
             stop.outcome = f"the same command goes on from step {checkpoints.latest}"
-            stop.outcome = f"the same command goes on from step {checkpoints.latest}"
         first_step = int(state.step)
         overdue = first_step > 0 and "evaluation_due" in checkpoints.meta(first_step)
 
@@ -150,9 +148,6 @@ def train(config: Config, console: Console) -> int:
         conversations: list[Conversation] = []
 
         bad_batches = int(state.bad_batches)
-        stop.deferred = True
-        if first_step < plan.total_steps:
-            console.print("compiling the first step ...")
         stop.deferred = True
         if first_step < plan.total_steps:
             console.print("compiling the first step ...")
