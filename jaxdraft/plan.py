@@ -216,17 +216,23 @@ def plan_mesh(config: Config, devices: int) -> AbstractMesh:
 
 
 def scaling(config: Config, draft: DraftConfig, machine: Machine, counts: Sequence[int], **options) -> list[tuple]:
-    """(devices, seconds a step, rows a second, efficiency without and with overlap) with the config's fsdp and tensor,
-    `fsdp` no larger than the number of devices."""
+    """(devices, seconds a step, rows a second, efficiency without and with overlap) with the config's fsdp and tensor;
+    fewer of them on fewer devices. Numbers of devices that they do not divide are left out.
+
+    The efficiency is that of a device beside the first line's.
+    """
     lines, single = [], None
     for count in counts:
-        fsdp = min(max(config.mesh.fsdp, 1), count)
-        mesh = AbstractMesh((count // fsdp, fsdp, 1), MESH_AXES)
+        tensor = min(max(config.mesh.tensor, 1), count)
+        fsdp = min(max(config.mesh.fsdp, 1), count // tensor)
+        if count % (fsdp * tensor):
+            continue
+        mesh = AbstractMesh((count // (fsdp * tensor), fsdp, tensor), MESH_AXES)
         work, sending = plan_step(config, draft, mesh, machine, **options).seconds(machine)
-        seconds = work + sending
-        single = single or seconds
-        rows = config.rows_per_device * config.accumulation * count
-        lines.append((count, seconds, rows / seconds, single / seconds, single / max(work, sending)))
+        rows = config.rows_per_device * config.accumulation * num_row_groups(mesh)
+        rate, overlapped = rows / (work + sending), rows / max(work, sending)
+        single = single or rate / count
+        lines.append((count, work + sending, rate, rate / count / single, overlapped / count / single))
     return lines
 
 

@@ -201,6 +201,23 @@ def test_scaling_curve(tmp_path):
     assert lines[1][2] < 8 * lines[0][2]
 
 
+def test_scaling_keeps_to_the_mesh(tmp_path):
+    """Devices that a group cannot use are no line of the curve, and a tensor group has its rows once."""
+    config, draft = recipe(tmp_path)
+
+    def curve(**sizes):
+        changed = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
+        return scaling(changed, draft, Machine(), [1, 2, 4, 8, 16], tied=True)
+
+    assert [line[0] for line in curve(fsdp=5)] == [1, 2, 4]
+    plain, tensor = curve(fsdp=1), curve(fsdp=1, tensor=4)
+    assert [line[0] for line in tensor] == [1, 2, 4, 8, 16]
+    for one, split in zip(plain, tensor, strict=True):
+        rows, group = config.rows_per_device * config.accumulation, min(4, one[0])
+        assert one[1] * one[2] == pytest.approx(rows * one[0])
+        assert split[1] * split[2] == pytest.approx(rows * one[0] // group)
+
+
 def test_command(tmp_path, capsys):
     recipe(tmp_path)
     main(
