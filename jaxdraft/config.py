@@ -163,8 +163,6 @@ class BridgeConfig:
     """Seconds that a bridge may take to start: the index and the target."""
     hang_timeout_s: float = 5.0
     """Seconds that a ready bridge may give no sign of life while its process is stopped or sleeps; then it hangs."""
-    hang_timeout_s: float = 5.0
-    """Seconds that a ready bridge may give no sign of life while its process is stopped or sleeps; then it hangs."""
     request_timeout_s: float = 300.0
     """Seconds that filling one slot may take; a bridge that takes longer counts as hung."""
     tensor_parallel: int = 1

@@ -36,12 +36,12 @@ def open_run_dir(config: Config, draft: DraftConfig) -> Path:
         if config.fresh and run_dir.exists() and is_first():
             run_dir.rename(run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
         wait_for_all("directory of the run")
+        run_dir.mkdir(parents=True, exist_ok=True)
         with Checkpoints(run_dir, keep=sys.maxsize, read_only=True) as checkpoints:
             if checkpoints.latest is not None:  # now, and not once the bridge has loaded its target
                 known = as_json({"config": config, "draft": draft})
                 saved = checkpoints.meta(checkpoints.latest)
                 check_resume({name: saved[name] for name in known}, known)
-        run_dir.mkdir(parents=True, exist_ok=True)
         if is_first():  # for `--config RUN`: what the run really had, command line included
             write_json(run_dir / CONFIG_FILE, as_json(dataclasses.replace(config, fresh=False)))
     except OSError as error:
@@ -150,8 +150,8 @@ def run_meta(config: Config, draft: DraftConfig, plan: Plan, ready: Any) -> dict
             "draft": draft,
             "mask_token_id": draft.mask_token_id,
             "index_digest": ready.indexes["train"].digest,
-            "backend": ready.target.backend,
             "capture": ready.target.capture,
+            "backend": ready.target.backend,
             "rows_per_step": plan.rows_per_step,
             "total_steps": plan.total_steps,
             "versions": {name: metadata.version(name) for name in VERSIONED},
