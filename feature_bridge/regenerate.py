@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import fcntl
 import json
+import math
 import os
 import random
 import sys
@@ -23,7 +24,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from feature_bridge import conversations
 from feature_bridge.conversations import Conversation
@@ -283,15 +284,21 @@ class Server:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help lists the options\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jaxdraft.regenerate", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m jaxdraft.regenerate", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--data", required=True, help="JSONL file or `datasets.save_to_disk` folder")
     parser.add_argument("--output", required=True, type=Path, help="JSONL file to write")
     parser.add_argument("--server", required=True, metavar="URL", help="of an OpenAI-compatible server, SGLang's say")
     parser.add_argument("--model", help="name of the model there; default: the first that it serves")
     parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--max-tokens", type=int, default=2048, help="of an answer; one that is cut off is left out")
+    parser.add_argument("--top-p", type=float, default=1.0, help="default: 1, all tokens")
+    what = "of an answer; one that is cut off is left out; default: %(default)s"
+    parser.add_argument("--max-tokens", type=int, default=2048, help=what)
     parser.add_argument("--concurrency", type=int, default=64, help="conversations at a time; default: %(default)s")
     parser.add_argument("--retries", type=int, default=6, help="of a request that failed; default: %(default)s")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds of one answer; default: %(default)s")
@@ -302,16 +309,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="JSON",
         help='more fields of every request, e.g. \'{"chat_template_kwargs": {"enable_thinking": false}}\'',
     )
+    parser.add_argument(  # jaxdraft.regenerate takes it out
+        "--python",
+        metavar="PATH",
+        help="interpreter of the bridge's environment, which does the work; default: this one",
+    )
     args = parser.parse_args(argv)
     problem: BaseException | None = None
+    stopped = False
     try:
-        if args.concurrency < 1 or args.max_tokens < 1 or args.retries < 0 or args.temperature < 0:
+        if args.concurrency < 1 or args.max_tokens < 1 or args.retries < 0 or not 0 <= args.temperature < math.inf:
             raise ValueError("--concurrency and --max-tokens are at least 1, --retries and --temperature at least 0")
+        if not 0 < args.top_p <= 1 or not args.timeout > 0:
+            raise ValueError("--top-p is above 0 and at most 1, --timeout above 0")
+        if not args.server.startswith(("http://", "https://")):
+            raise ValueError(f"--server {args.server} is no URL; give http://HOST:PORT")
         if args.output.exists():
             raise ValueError(f"--output {args.output} is there already; remove it, or give another name")
         print(json.dumps(asyncio.run(_run(args))))
     except* (ValueError, ServerError) as errors:
         problem = errors
+    except* KeyboardInterrupt:
+        stopped = True
+    if stopped:
+        _say("stopped; the same command goes on from the last answer")
+        return 130
     while isinstance(problem, BaseExceptionGroup):
         problem = problem.exceptions[0]
     if problem is not None:
@@ -338,9 +360,14 @@ async def _run(args: argparse.Namespace) -> dict[str, int]:
         max_tokens=args.max_tokens,
         extra=args.extra,
     )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     path = args.output.with_name(f"{args.output.name}.journal")
-    with Journal(path, {"data": source.digest, **asdict(sampling)}) as journal:
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        opened = Journal(path, {"data": source.digest, **asdict(sampling)})
+    except OSError as error:
+        why = error.strerror
+        raise ValueError(f"--output {args.output} cannot be written ({why}); give another file") from error
+    with opened as journal:
         if journal.answers:
             _say(f"{len(journal.answers):,} answers are in {path} already")
         async with Server(args.server, sampling, **options) as server:

@@ -5,6 +5,7 @@ It runs in the bridge's environment, which has the HTTP client and reads the dat
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -12,22 +13,19 @@ from collections.abc import Sequence
 
 def command(argv: Sequence[str]) -> list[str]:
     """The command line of the bridge's program; `--python PATH` is taken out."""
-    python, rest = sys.executable, list(argv)
-    if "--python" in rest:
-        at = rest.index("--python")
-        if at + 1 == len(rest):
-            raise ValueError("--python needs a value; give the interpreter of the bridge's environment")
-        python = rest[at + 1]
-        del rest[at : at + 2]
-    return [python, "-m", "feature_bridge.regenerate", *rest]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--python", default=sys.executable)
+    own, rest = parser.parse_known_args(argv)
+    return [own.python, "-m", "feature_bridge.regenerate", *rest]
 
 
 def main() -> None:
     try:
         line = command(sys.argv[1:])
         os.execvp(line[0], line)  # in this process's place: signals and the exit code are its own
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except (argparse.ArgumentError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

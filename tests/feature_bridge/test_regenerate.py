@@ -1,5 +1,7 @@
 """Regenerating answers against a server on loopback: what is asked, retried, refused, and what a kill leaves."""
 
+import argparse
+import asyncio
 import base64
 import hashlib
 import json
@@ -19,6 +21,7 @@ from feature_bridge import regenerate
 from feature_bridge.conversations import parse
 from feature_bridge.media_parts import PartWriter
 from feature_bridge.sources import JsonlSource
+from jaxdraft.regenerate import command
 
 
 def answer_to(messages):
@@ -294,3 +297,46 @@ def test_a_wrong_address_is_one_sentence(tmp_path, capsys, monkeypatch):
     command = ["--data", str(data), "--output", str(tmp_path / "o"), "--server", "http://127.0.0.1:9", "--retries", "1"]
     assert regenerate.main(command) == 2
     assert "error: http://127.0.0.1:9/v1 did not answer in 2 attempts (ConnectError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--server", "localhost:30000"], "error: --server localhost:30000 is no URL; give http://HOST:PORT"),
+        (["--temperature", "nan"], "error: --concurrency and --max-tokens"),
+        (["--timeout", "0"], "error: --top-p is above 0"),
+        (["--retries", "x"], "error: argument --retries: invalid int value: 'x'; --help"),
+        (["--output", "{tmp}/data.jsonl/o"], "error: --output {tmp}/data.jsonl/o cannot be written ("),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(options, said, server, tmp_path, capsys):
+    data = write(tmp_path / "data.jsonl", [{"messages": [user("1"), old()]}])
+    options = [option.replace("{tmp}", str(tmp_path)) for option in options]
+    try:
+        code = run(server, data, tmp_path / "o", *options)
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said.replace("{tmp}", str(tmp_path)))
+
+
+def test_ctrl_c_says_how_to_go_on(server, tmp_path, capsys, monkeypatch):
+    data = write(tmp_path / "data.jsonl", [{"messages": [user("1"), old()]}])
+
+    async def interrupted(*_):
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(regenerate.Server, "ask", interrupted)
+    assert run(server, data, tmp_path / "o") == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on from the last answer\n"
+    monkeypatch.undo()
+    assert run(server, data, tmp_path / "o") == 0
+
+
+def test_another_interpreter_does_the_work():
+    for argv in (["--data", "d", "--python", "/p", "--top-p", "1"], ["--data", "d", "--python=/p", "--top-p", "1"]):
+        assert command(argv) == ["/p", "-m", "feature_bridge.regenerate", "--data", "d", "--top-p", "1"]
+    with pytest.raises(argparse.ArgumentError, match="--python: expected one argument"):
+        command(["--python"])
