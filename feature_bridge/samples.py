@@ -129,7 +129,7 @@ def make_sample(
         cut = f" of its first {end} tokens" if sample.truncated else ""
         raise SampleError(
             "too few supervised tokens",
-            f"{sample.num_supervised} supervised tokens{cut}, fewer than data.min_supervised={data.min_supervised}",
+            f"{sample.num_supervised} supervised tokens{cut}, fewer than {data.min_supervised} (2 x draft.block_size)",
         )
     return sample
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from feature_bridge.media import SampleError
 
 _CHUNK_BYTES = 1 << 20
 _GZIP = b"\x1f\x8b"
+_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|$)")  # of records
 
 
 class Source(Protocol):
@@ -43,9 +45,11 @@ def open_source(path: str, field: str) -> Source:
         return DatasetSource(path, field)
     try:
         with open(path, "rb") as file:
-            packed = file.read(len(_GZIP)) == _GZIP
-        if packed:
+            begin = file.read(64)
+        if begin.startswith(_GZIP):
             raise ValueError(f"{field}={path!r} is packed by gzip; unpack it and give the JSONL file")
+        if _ARRAY.match(begin):
+            raise ValueError(f"{field}={path!r} is a JSON array; write one conversation a line: `jq -c '.[]' {path}`")
         return JsonlSource(path)
     except OSError as error:
         raise ValueError(

@@ -152,7 +152,7 @@ BAD_LINES = {
         "2",
     ),
     "video placeholder": (chat("<|video_pad|>", "A"), "video placeholder count", "1, videos given: 0"),
-    "short": (chat("Q", ""), "too few supervised tokens", "1 supervised tokens, fewer than data.min_supervised=2"),
+    "short": (chat("Q", ""), "too few supervised tokens", "1 supervised tokens, fewer than 2 (2 x draft.block_size)"),
 }
 
 

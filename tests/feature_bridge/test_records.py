@@ -127,3 +127,15 @@ def test_a_packed_file_is_one_error(tmp_path):
     (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(b'{"messages": []}\n' * 99))
     with pytest.raises(ValueError, match=r"data.train_path='.*gz' is packed by gzip; unpack it and give the JSONL"):
         open_source(str(tmp_path / "t.jsonl.gz"), "data.train_path")
+
+
+def test_a_json_array_is_one_error(tmp_path):
+    file = tmp_path / "t.json"
+    for text in ('[{"messages": []}]', '\ufeff[\n  {\n    "messages": []', "[\n]"):
+        file.write_text(text)
+        with pytest.raises(
+            ValueError, match=r"data.train_path='.*json' is a JSON array; write one conversation a line"
+        ):
+            open_source(str(file), "data.train_path")
+    file.write_text('[broken\n{"messages": []}\n')  # one bad line, which is skipped
+    assert len(open_source(str(file), "data.train_path")) == 2
