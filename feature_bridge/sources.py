@@ -14,7 +14,7 @@ from feature_bridge.media import SampleError
 
 _CHUNK_BYTES = 1 << 20
 _GZIP = b"\x1f\x8b"
-_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|$)")  # of records
+_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*([{\]]|$)")  # of records
 
 
 class Source(Protocol):
