@@ -22,6 +22,7 @@ import numpy as np
 from feature_bridge import samples, video
 from feature_bridge.contracts import DataSpec, IndexTable, Skip, Split, TargetSpec
 from feature_bridge.media import MediaError, SampleError
+from feature_bridge.partial_index import kept, unwritable
 from feature_bridge.processors import Processor, load_processor
 from feature_bridge.samples import Sample
 from feature_bridge.scan import Entry, Progress, entry_of, file_state, scan
@@ -206,8 +207,10 @@ def _entries(
         entries = _load_cache(cache, len(source))
         if entries is not None:
             return entries
-    entries = scan(source, path, field, target, data, processor, progress)
-    if cache is not None:
+    if cache is None:
+        return scan(source, path, field, target, data, processor, progress, {}, lambda entry: None)
+    with kept(cache.with_name(f"{cache.name}.partial")) as (known, keep):
+        entries = scan(source, path, field, target, data, processor, progress, known, keep)
         _save_cache(cache, entries)
     return entries
 
@@ -238,9 +241,7 @@ def _save_cache(path: Path, entries: Sequence[Entry]) -> None:
             json.dump([dataclasses.astuple(entry) for entry in entries], file)
         os.replace(temporary, path)
     except OSError as error:
-        raise ValueError(
-            f"data.cache_dir={str(path.parent)!r} cannot be written ({error}); name another one"
-        ) from error
+        raise unwritable(path, error) from error
 
 
 def _load_cache(path: Path, num_rows: int) -> list[Entry] | None:

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ IN_PROCESS_ROWS = 2000  # below this, importing transformers again costs more th
 _BLOCK_ROWS = 64
 
 Progress = Callable[[int, int], None]
+Keep = Callable[["Entry"], None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,21 +49,42 @@ class Entry:
 
 
 def scan(
-    source: Source, path: str, field: str, target: TargetSpec, data: DataSpec, processor: Processor, progress: Progress
+    source: Source,
+    path: str,
+    field: str,
+    target: TargetSpec,
+    data: DataSpec,
+    processor: Processor,
+    progress: Progress,
+    known: Mapping[int, Entry],
+    keep: Keep,
 ) -> list[Entry]:
     """Entries of all records, in their order.
+
+    Args:
+        known: entries by row, which are not scanned again.
+        keep: is given every other entry as soon as it is there, by any thread, one at a time.
 
     Raises:
         RuntimeError: a worker process died.
     """
-    num_workers = min(data.num_workers or len(os.sched_getaffinity(0)), -(-len(source) // _BLOCK_ROWS))
-    if num_workers <= 1 or len(source) <= IN_PROCESS_ROWS:
-        entries = []
-        for row in range(len(source)):
-            entries.append(scan_row(source, row, processor, data))
-            progress(row + 1, len(source))
-        return entries
-    return _scan_in_workers(len(source), path, field, target, data, num_workers, progress)
+    total, entries = len(source), dict(known)
+
+    def note(entry: Entry) -> None:
+        entries[entry.row] = entry
+        keep(entry)
+        progress(len(entries), total)
+
+    todo = _ranges(row for row in range(total) if row not in known)
+    left = total - len(known)
+    num_workers = min(data.num_workers or len(os.sched_getaffinity(0)), -(-left // _BLOCK_ROWS))
+    if num_workers <= 1 or left <= IN_PROCESS_ROWS:
+        for row in _rows(todo):
+            note(scan_row(source, row, processor, data))
+    else:
+        _scan_in_workers(todo, path, field, target, data, num_workers, note)
+    assert len(entries) == total, "a worker left out rows"
+    return [entries[row] for row in range(total)]
 
 
 def scan_row(source: Source, row: int, processor: Processor, data: DataSpec) -> Entry:
@@ -104,22 +126,23 @@ def file_state(path: str) -> tuple[str, int, int]:
 
 
 def _scan_in_workers(
-    num_rows: int, path: str, field: str, target: TargetSpec, data: DataSpec, num_workers: int, progress: Progress
-) -> list[Entry]:
-    entries: list[Entry | None] = [None] * num_rows
-    done = 0
+    todo: list[tuple[int, int]],
+    path: str,
+    field: str,
+    target: TargetSpec,
+    data: DataSpec,
+    num_workers: int,
+    note: Callable[[Entry], None],
+) -> None:
     lock = threading.Lock()
 
     def collect(worker: subprocess.Popen[str]) -> None:
-        nonlocal done
         for line in worker.stdout:
             if not line.endswith("\n"):  # it was killed while it wrote
                 break
             entry = entry_of(json.loads(line))
             with lock:
-                entries[entry.row] = entry
-                done += 1
-                progress(done, num_rows)
+                note(entry)
         if worker.wait() != 0:  # nothing comes of the others' work either
             failed.append(worker.returncode)
             for other in workers:
@@ -136,6 +159,7 @@ def _scan_in_workers(
                 "field": field,
                 "target": dataclasses.asdict(target),
                 "data": dataclasses.asdict(data),
+                "todo": todo,
                 "shard": shard,
                 "num_shards": num_workers,
             }
@@ -160,8 +184,6 @@ def _scan_in_workers(
             f"a process that indexes {field}={path!r} ended with code {failed[0]}; "
             "see its message above, or lower data.num_workers if memory ran out"
         )
-    assert None not in entries, "a worker left out rows"
-    return entries
 
 
 def entry_of(fields: dict[str, Any]) -> Entry:
@@ -169,8 +191,19 @@ def entry_of(fields: dict[str, Any]) -> Entry:
     return Entry(**fields | {"files": tuple(tuple(file) for file in fields["files"])})
 
 
-def _shard_rows(num_rows: int, shard: int, num_shards: int) -> Iterator[int]:
-    return (row for row in range(num_rows) if row // _BLOCK_ROWS % num_shards == shard)
+def _ranges(rows: Iterable[int]) -> list[tuple[int, int]]:
+    """Ascending rows as (first, last + 1) of each stretch without a gap."""
+    ranges: list[tuple[int, int]] = []
+    for row in rows:
+        if ranges and ranges[-1][1] == row:
+            ranges[-1] = ranges[-1][0], row + 1
+        else:
+            ranges.append((row, row + 1))
+    return ranges
+
+
+def _rows(ranges: Iterable[Sequence[int]]) -> Iterator[int]:
+    return (row for start, stop in ranges for row in range(start, stop))
 
 
 def _main() -> None:
@@ -184,7 +217,9 @@ def _main() -> None:
         trust_remote_code=target.trust_remote_code,
         data=data,
     )
-    for row in _shard_rows(len(source), spec["shard"], spec["num_shards"]):
+    for row in _rows(spec["todo"]):
+        if row // _BLOCK_ROWS % spec["num_shards"] != spec["shard"]:
+            continue
         results.write(json.dumps(dataclasses.asdict(scan_row(source, row, processor, data))) + "\n")
     results.flush()
 

@@ -37,6 +37,7 @@ from feature_bridge.cuda_ipc import Gpu
 from feature_bridge.gpu_memory import target_budget, weight_bytes
 from feature_bridge.index import build_indexes, format_counts
 from feature_bridge.memory import CPU, CUDA, Producer
+from feature_bridge.partial_index import ProgressLines
 from feature_bridge.processors import load_processor
 from feature_bridge.readers import Readers
 from feature_bridge.samples import Sample
@@ -74,7 +75,7 @@ class Worker:
             data=spec.data,
         )
         # Before the target: the index starts processes, and those should not inherit a model.
-        self.indexes = build_indexes(target_spec, spec.data, self.processor)
+        self.indexes = build_indexes(target_spec, spec.data, self.processor, ProgressLines())
         print(format_counts(self.indexes), flush=True)
         self._readers = Readers(spec.reader_processes if self.indexes else 0, target_spec, spec.data, self.indexes)
         budget = self._target_budget()

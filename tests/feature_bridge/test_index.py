@@ -17,6 +17,7 @@ from feature_bridge import scan as scan_module
 from feature_bridge.contracts import TargetSpec
 from feature_bridge.index import build_indexes, format_counts
 from feature_bridge.media import MediaError
+from feature_bridge.partial_index import ProgressLines, kept
 from feature_bridge.samples import render_inputs
 
 TARGET = TargetSpec(path=str(TINY_TARGET), layer_ids=(0,))
@@ -460,3 +461,57 @@ def test_dead_worker_is_an_error(processor, tmp_path, monkeypatch):
     monkeypatch.setattr(scan_module.sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match=r"a process that indexes data.train_path=.* ended with code 1"):
         build(path, processor, num_workers=2)
+
+
+# --- an index that is interrupted -------------------------------------------------------------------------------------
+
+
+class Interrupt(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_interrupted_index_goes_on(workers, processor, rng, tmp_path, monkeypatch):
+    """With a line that was cut short, a picture that has changed since, and another number of processes."""
+    shown = tmp_path / "a.png"
+    shown.write_bytes(png(picture(rng, 64, 64)))
+    records = [chat("Q", "A picture.", images=[str(shown)]), *texts(150), "{", *texts(50, "more")]
+    path = write_jsonl(tmp_path / "t.jsonl", records)
+    data = data_spec(train_path=str(path), num_workers=workers or 1, cache_dir=str(tmp_path / "cache"))
+
+    def interrupt(done, total):
+        if done == 90:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        build_indexes(TARGET, data, processor, interrupt)
+    (partial,) = (tmp_path / "cache").glob("index-*.partial")
+    with partial.open("a") as file:
+        file.write('[150, "an id", 1')
+    shown.write_bytes(png(picture(rng, 96, 64)))
+
+    if workers:
+        monkeypatch.setattr(scan_module, "IN_PROCESS_ROWS", 0)
+    calls, kept_rows = [], 90 - 1
+    index = build_indexes(TARGET, data, processor, lambda *done: calls.append(done))["train"]
+    assert calls == [(done, len(records)) for done in range(kept_rows + 1, len(records) + 1)]
+    assert index.table() == build(path, processor)["train"].table()
+    assert not partial.exists()
+
+
+def test_two_processes_do_not_keep_the_same_rows(processor, tmp_path):
+    path = write_jsonl(tmp_path / "t.jsonl", texts(3))
+    with kept(tmp_path / "p.partial") as (_, keep), kept(tmp_path / "p.partial") as (known, other):
+        keep(scan_module.Entry(row=0))
+        other(scan_module.Entry(row=1))
+        assert known == {}
+    assert not (tmp_path / "p.partial").exists()
+    assert len(build(path, processor)["train"]) == 3
+
+
+def test_progress_is_a_line_now_and_then():
+    lines = []
+    for every_s in (3600, 0):
+        progress = ProgressLines(every_s, lines.append)
+        progress(100, 1500)
+    assert lines == ["index: 100 of 1,500 records (7%)"]
