@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from feature_bridge.contracts import TargetInfo, TargetSpec
 from feature_bridge.cpu_stand_ins import torchvision_ops
+from feature_bridge.model_files import read_config
 from feature_bridge.targets.base import (
     Capture,
     Extended,
@@ -40,6 +41,19 @@ def _unpacked(config: Any) -> dict[str, Any]:
     return {}
 
 
+def _load_config(spec: TargetSpec, directory: Path) -> Any:
+    """The model's config. Raises ValueError: transformers knows no such model, or its config is not one."""
+    try:
+        return transformers.AutoConfig.from_pretrained(directory, trust_remote_code=spec.trust_remote_code)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        kind = read_config(directory).get("model_type")
+        if kind in transformers.CONFIG_MAPPING:
+            why = f"is no config of a {kind} model ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        else:
+            why = f"has model_type={kind!r}, which is not known; install a release that knows it in the bridge's Python"
+        raise ValueError(f"target.path={spec.path!r}: to transformers {transformers.__version__} it {why}") from error
+
+
 class HuggingFaceTarget:
     """See `base.Target`."""
 
@@ -48,7 +62,7 @@ class HuggingFaceTarget:
     def __init__(self, spec: TargetSpec, directory: Path, *, max_tokens: int, capture: Capture = "layer_output"):
         """`capture` matters only where deepstack adds visual features between layers (Qwen3-VL)."""
         stand_in = torchvision_ops.ensure()  # transformers' vision models import torchvision
-        self.config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=spec.trust_remote_code)
+        self.config = _load_config(spec, directory)
         has_vision = getattr(self.config, "vision_config", None) is not None
         auto = transformers.AutoModelForImageTextToText if has_vision else transformers.AutoModelForCausalLM
         device = "cuda" if torch.cuda.is_available() else "cpu"

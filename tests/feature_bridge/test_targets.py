@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -395,3 +396,28 @@ def test_quantised_layers_are_fine(tmp_path):
     tensors = {"lm_head.weight": torch.zeros(2, 2), "model.layers.0.mlp.up_proj.qweight": torch.zeros(2).int()}
     save_file(tensors, tmp_path / "m.safetensors")
     targets.check_not_quantised(tmp_path)
+
+
+def test_a_model_that_transformers_does_not_know(model_paths, tmp_path):
+    directory = shutil.copytree(model_paths["qwen3"], tmp_path / "target")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"model_type": "qwen9"}))
+    with pytest.raises(
+        ValueError, match=r"target.path=.*transformers [\d.]+ it has model_type='qwen9'.*install"
+    ) as error:
+        load_target(spec_of(directory, backend="huggingface"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"), [("pointer", "run `git lfs pull`"), ("shard", "names b.safetensors, which")]
+)
+def test_weights_that_are_not_all_there(damage, said, model_paths, tmp_path):
+    directory = shutil.copytree(model_paths["qwen3"], tmp_path / "target")
+    if damage == "pointer":
+        (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\n")
+    else:
+        index = {"weight_map": {"a": "model.safetensors", "b": "b.safetensors"}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"{directory}.*{said}"):
+        load_target(spec_of(directory))
