@@ -54,9 +54,14 @@ def load_target(spec: BridgeSpec, *, memory_budget: int | None = None) -> Target
 
         verify = spec.target.verify and spec.rank.index == 0
         reference = reference_states(spec.target, directory, max_tokens) if verify else None
-        target: Any = SGLangTarget(
-            spec.target, directory, max_tokens=max_tokens, memory_budget=memory_budget, rank=spec.rank
-        )
+        try:
+            target: Any = SGLangTarget(
+                spec.target, directory, max_tokens=max_tokens, memory_budget=memory_budget, rank=spec.rank
+            )
+        except ValueError as error:
+            if "\n" not in (said := str(error)):
+                raise
+            raise ValueError(f"target.path={spec.target.path!r} in SGLang {version}: {said.splitlines()[0]}") from error
         declared = target.info.capture if target.capture_is_known else None
     else:
         if spec.rank.count > 1:
