@@ -195,7 +195,7 @@ def advice(plan: StepPlan, machine: Machine, mesh: Any, ranks: int = 1) -> str:
     """What to do where the memory does not suffice, else that it does; `ranks`: GPUs that hold a target together."""
     need, there = sum(plan.memory.values()), machine.memory_gb * 1e9
     if need <= there:
-        return f"fits: {gib(need)} of {gib(int(there))}"
+        return f"fits: {_with_prefix(need, 'B', _BINARY)} of {_with_prefix(there, 'B', _BINARY)}"
     by_fsdp = plan.memory["masters and moments"] + plan.memory["gradients"]
     by_rows = plan.memory["activations"] + plan.memory["features and rows, in slots"]
     if plan.memory["target"] > there / 2:
@@ -236,47 +236,65 @@ def scaling(config: Config, draft: DraftConfig, machine: Machine, counts: Sequen
     return lines
 
 
+_DECIMAL = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0, "m": 1e-3, "µ": 1e-6}
+_BINARY = {"Gi": 2**30, "Mi": 2**20, "Ki": 2**10, "": 1}
+
+
+def _with_prefix(value: float, unit: str, prefixes: dict[str, float] = _DECIMAL) -> str:
+    """Three digits or more: 0.00043 s is 430 µs."""
+    prefix = next((prefix for prefix, factor in prefixes.items() if value >= factor), "")
+    amount = value / prefixes[prefix]
+    return f"{amount:.{0 if amount >= 100 or not amount else 1 if amount >= 10 else 2}f} {prefix}{unit}"
+
+
 def print_plan(console: Console, config: Config, draft: DraftConfig, mesh: Any, machine: Machine, own: Any, tied: bool):
     options = {"tied": tied, "target_params": own.target_params * 1e9}
     plan = plan_step(config, draft, mesh, machine, **options)
-    table = Table(title=f"a device of mesh {dict(mesh.shape)}", title_justify="left")
+    table = Table(title=f"one of {mesh.size} devices", title_justify="left")
     table.add_column("memory")
-    table.add_column("GiB", justify="right")
-    for name, size in plan.memory.items():
-        table.add_row(name, f"{size / 2**30:.2f}")
-    table.add_row("all", f"{sum(plan.memory.values()) / 2**30:.2f}")
+    table.add_column("", justify="right")
+    for name, size in (plan.memory | {"all": sum(plan.memory.values())}).items():
+        table.add_row(name, _with_prefix(size, "B", _BINARY))
     console.print(table, advice(plan, machine, mesh, config.bridge.tensor_parallel), sep="\n", highlight=False)
 
     work, sending = plan.seconds(machine)
     rows = config.rows_per_device * config.accumulation * num_row_groups(mesh)
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
-    say(f"step     {rows} rows: {plan.flop / 1e12:.1f} TFLOP a device, and {plan.target_flop / 1e12:.1f} of the target")
+    say(
+        f"machine  {machine.memory_gb:g} GB, {machine.tflops:g} TFLOP/s; {machine.gpus_per_host} GPUs a host at "
+        f"{machine.link_gbs:g} GB/s, hosts at {machine.network_gbs:g} GB/s a GPU" + " (H200)" * (machine == Machine())
+    )
+    say("mesh     " + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
+    target = f", and {_with_prefix(plan.target_flop, 'FLOP')} of the target" if plan.target_flop else ""
+    say(f"step     {rows} rows: {_with_prefix(plan.flop, 'FLOP')} a device{target}")
     for name, (size, outside) in plan.traffic.items():
         speed = machine.network_gbs if outside else machine.link_gbs
         where = "between hosts" if outside else "within a host"
-        say(f"traffic  {name}: {size / 1e9:.2f} GB a device {where}, {size / speed / 1e6:.1f} ms")
+        say(f"traffic  {name}: {_with_prefix(size, 'B')} a device {where}, {_with_prefix(size / speed / 1e9, 's')}")
     say(
-        f"time     {1e3 * work:.1f} ms computing at {machine.share:.0%} of {machine.tflops:g} TFLOP/s, "
-        f"{1e3 * sending:.1f} ms sending if nothing overlaps"
+        f"time     {_with_prefix(work, 's')} computing at {machine.share:.0%} of {machine.tflops:g} TFLOP/s, "
+        f"{_with_prefix(sending, 's')} sending if nothing overlaps"
     )
     params = sum(math.prod(x.shape) for x in abstract_step(config, draft, mesh, tied=tied)[1].params.values())
     kept = config.keep_checkpoints + 2
-    say(f"disk     {kept} checkpoints of {gib(12 * params)}, export {gib(2 * params)}")
+    sizes = [_with_prefix(bytes_each * params, "B", _BINARY) for bytes_each in (12, 2)]
+    say(f"disk     {kept} checkpoints of {sizes[0]}, export {sizes[1]}")
     if own.tokens:
         tokens = own.tokens * 1e6
         width = draft.feature_size * jnp.dtype(config.bridge.feature_dtype).itemsize
         steps = math.ceil(config.epochs * math.ceil(tokens / config.data.row_tokens) / rows)
         hours = steps * (work + sending) / 3600
-        say(f"disk     a cache of all features would take {tokens * width / 1e12:.2f} TB")
-        say(f"run      {config.epochs} epochs, {steps:,} steps, {hours:.1f} hours, {hours * mesh.size:.0f} GPU-hours")
+        duration = f"{hours:.1f} hours" if hours >= 1 else _with_prefix(3600 * hours, "s")
+        say(f"disk     a cache of all features would take {_with_prefix(tokens * width, 'B')}")
+        say(f"run      {config.epochs} epochs, {steps:,} steps, {duration}, {hours * mesh.size:.3g} GPU-hours")
     if own.scaling:
         curve = Table(title="projected scaling, the same rows on each device", title_justify="left")
-        for name in ("devices", "ms a step", "rows/s", "efficiency", "with overlap"):
+        for name in ("devices", "a step", "rows/s", "efficiency", "with overlap"):
             curve.add_column(name, justify="right")
         for count, seconds, rate, alone, overlapped in scaling(
             config, draft, machine, [2**i for i in range(11)], **options
         ):
-            curve.add_row(str(count), f"{1e3 * seconds:.1f}", f"{rate:.1f}", f"{alone:.1%}", f"{overlapped:.1%}")
+            curve.add_row(str(count), _with_prefix(seconds, "s"), f"{rate:.1f}", f"{alone:.1%}", f"{overlapped:.1%}")
         console.print(curve)
 
 

@@ -227,3 +227,13 @@ def test_command(tmp_path, capsys):
     output = capsys.readouterr().out
     for words in ("masters and moments", "fits: ", "between hosts", "GPU-hours", "1024", "cache of all features"):
         assert words in output
+    assert "989 TFLOP/s; 8 GPUs a host at 450 GB/s, hosts at 50 GB/s a GPU (H200)" in output
+
+
+def test_a_small_run_is_printed_in_small_units(capsys):
+    main(["--config", "tiny_qwen35vl.py", "--tokens", "0.1", "--memory-gb", "1"])
+    output = capsys.readouterr().out
+    assert "MiB" in output
+    assert "µs computing" in output
+    assert "H200" not in output
+    assert not re.search(r"\b0\.0+ ", output)
