@@ -105,7 +105,7 @@ def test_training_goes_on_from_an_exported_draft(finished):
 @pytest.mark.parametrize(
     ("args", "named"),
     [
-        (("--target.path", "/nowhere/model"), "target.path=/nowhere/model does not exist"),
+        (("--target.path", "/nowhere/model"), "target.path='/nowhere/model' does not exist"),
         (("--target.embed-key", "model.tok.weight"), "target.embed_key=model.tok.weight.*candidates"),
         (("--data.train-path", "/nowhere/data.jsonl"), "data.train_path=.*nowhere"),
         (("--draft.target-layer-ids", "1", "7"), "target_layer_ids"),
