@@ -142,7 +142,7 @@ def faults():
 @pytest.mark.parametrize("name", faults())
 def test_a_planted_fault_has_its_name(config, copy, name, monkeypatch, capsys):
     faults()[name](copy)
-    monkeypatch.setattr(check, "parse_args", lambda _: config)
+    monkeypatch.setattr("jaxdraft.cli.load_config", lambda _: config)
     assert check.main(["--draft", str(copy), "--config", "any"]) == 1
     named = [line for line in capsys.readouterr().out.splitlines() if " differs: " in line or " failed: " in line]
     assert named

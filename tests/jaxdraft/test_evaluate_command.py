@@ -79,8 +79,19 @@ def test_the_expected_speedup(config, monkeypatch, tmp_path, capsys):
         "slot_acceptance": [], "accept_len": 2.0, "loss": 1.0, "accuracy": 0.5, "lossless": None, "tau_table": [],
     }  # fmt: skip
     monkeypatch.setattr("jaxdraft.evaluate.evaluate_draft", lambda *_, **__: dict(summary))
-    monkeypatch.setattr("jaxdraft.evaluate.parse_args", lambda _: config)
-    command = ["--draft", "d", "--output", str(tmp_path / "e.json"), "--target-step", "10", "--draft-step", "2"]
+    monkeypatch.setattr("jaxdraft.cli.load_config", lambda _: config)
+    command = [
+        "--config",
+        "any",
+        "--draft",
+        "d",
+        "--output",
+        str(tmp_path / "e.json"),
+        "--target-step",
+        "10",
+        "--draft-step",
+        "2",
+    ]
     assert main([*command, "--verify-step", "14"]) == 0
     assert "expected speed-up at these step times: 2.50" in capsys.readouterr().out
     assert json.loads((tmp_path / "e.json").read_text())["expected_speedup"] == 2.5
