@@ -168,8 +168,10 @@ class Link:
         deadline = time.monotonic() + _PEER_EXIT_S
         while self.peers and time.monotonic() < deadline and not any(p.process.has_exited() for p in self.peers):
             time.sleep(_POLL_S)
-        said = [error, *(peer.last_words() for peer in self.peers if peer.process.has_exited())]
-        chosen = [words for words in said if words.kind == "died"] or said
+        ended = [peer for peer in self.peers if peer.process.has_exited()]
+        said = [(self, error), *((peer, peer.last_words()) for peer in ended)]
+        said.sort(key=lambda words: not words[0].process.killed)  # whoever ended by itself may have missed that one
+        chosen = [words for _, words in said if words.kind == "died"] or [words for _, words in said]
         return BridgeError("; ".join(map(str, chosen)), kind=chosen[0].kind)
 
 

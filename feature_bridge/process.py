@@ -35,6 +35,7 @@ class BridgeProcess:
           ValueError: the interpreter cannot be run.
         """
         self.log_path = log_path
+        self.killed = False  # by a signal; `describe_end` finds it out
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
             self._log_start = log.tell()
@@ -104,6 +105,7 @@ class BridgeProcess:
         by_itself = self.wait_for_exit(patience_s)
         self.kill()
         code = self._process.returncode
+        self.killed = by_itself and code < 0
         if not by_itself:
             end = "closed its connection"
         elif code >= 0:
