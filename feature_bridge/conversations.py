@@ -8,7 +8,9 @@ else at the start of the first user turn (as SpecForge does).
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,11 @@ class _Visual:
 
 
 _Piece = str | _Visual | _Slot
+
+
+def num_unasked(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Assistant turns before any other turn: context, which no prompt asks for."""
+    return len(list(itertools.takewhile(lambda message: message["role"] == "assistant", messages)))
 
 
 def _read_turn(turn: Any, index: int) -> tuple[str, Any, str]:

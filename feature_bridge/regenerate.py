@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from feature_bridge import conversations
-from feature_bridge.conversations import Conversation
+from feature_bridge.conversations import Conversation, num_unasked
 from feature_bridge.media import SampleError
 from feature_bridge.media_parts import PartWriter
 from feature_bridge.sources import Source, open_source
@@ -111,12 +111,12 @@ Ask = Callable[[list[dict[str, Any]]], Awaitable[dict[str, Any]]]  # messages ->
 
 
 async def answer_conversation(conversation: Conversation, row: int, journal: Journal, ask: Ask) -> None:
-    """Ask for every assistant turn that the journal has not; ends early where one is refused or cut off."""
+    """Ask for every answer that the journal has not; ends early where one is refused or cut off."""
     history: list[dict[str, Any]] = []
-    parts, turn = PartWriter(conversation), 0
-    for message in conversation.messages:
-        if message["role"] != "assistant":
-            history.append(message | {"content": parts.content(message["content"])})
+    parts, turn, unasked = PartWriter(conversation), 0, num_unasked(conversation.messages)
+    for index, message in enumerate(conversation.messages):
+        if message["role"] != "assistant" or index < unasked:
+            history.append({"role": message["role"], "content": parts.content(message["content"])})
             continue
         answer = journal.answers.get((row, turn))
         if answer is None:
@@ -147,13 +147,14 @@ def rewritten(record: dict[str, Any], conversation: Conversation, answers: Seque
     """
     parts, given = PartWriter(conversation, folder), iter(answers)
     messages: list[dict[str, Any]] = []
-    last = 0
-    for message in conversation.messages:
-        if message["role"] == "assistant":
+    last, unasked = 0, num_unasked(conversation.messages)
+    for index, message in enumerate(conversation.messages):
+        if message["role"] == "assistant" and index >= unasked:
             if (answer := next(given, None)) is None:
                 break
-            reasoning = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
-            messages.append({"role": "assistant", "content": answer.content} | reasoning)
+            kept = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
+            kept |= {"weight": 0} if message.get("weight") == 0 else {}
+            messages.append({"role": "assistant", "content": answer.content} | kept)
             last = len(messages)
         else:
             messages.append(message | {"content": parts.content(message["content"])})

@@ -21,6 +21,7 @@ from jaxtyping import Float32, Int, Int32, UInt8
 
 from feature_bridge import conversations, media, video
 from feature_bridge.contracts import DataSpec
+from feature_bridge.conversations import num_unasked
 from feature_bridge.media import Media, MediaError, SampleError
 from feature_bridge.placeholders import (
     Grid,
@@ -203,8 +204,7 @@ def answer_starts(messages: Sequence[dict[str, Any]], processor: Processor) -> t
     Raises:
         SampleError: the template refuses the conversation, or rewrites it so that the answers cannot be found.
     """
-    roles = [message["role"] for message in messages]
-    leading = len(list(itertools.takewhile("assistant".__eq__, roles)))
+    leading = num_unasked(messages)
     answers = [
         index
         for index, message in enumerate(messages)
@@ -219,7 +219,7 @@ def answer_starts(messages: Sequence[dict[str, Any]], processor: Processor) -> t
     except Exception as error:  # whatever the template raises, and TypeErrors on what it did not expect
         begins = "begins with an assistant turn; " if leading else ""
         raise SampleError("chat template", f"{begins}the chat template refuses the conversation: {error}") from error
-    if leading == len(roles):
+    if leading == len(messages):
         raise SampleError("broken line", "begins with an assistant turn; no question and answer follow it")
 
     for token in processor.tokenizer.convert_ids_to_tokens(sorted(processor.eos_token_ids)):

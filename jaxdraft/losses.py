@@ -202,7 +202,7 @@ def loss_sums(
 
 
 def sums_of_blocks(parts: Sequence[LossSums], config: LossConfig) -> LossSums:
-    """The sums over all blocks from those of some each, of the same rows: every part has counted these rows' samples."""
+    """The sums over all blocks from those of some each, of the same rows, whose samples every part has counted."""
     total = jax.tree.map(lambda *values: sum(values[1:], values[0]), *parts)
     samples = parts[0].samples
     denominator = total.denominator if config.kind == "dflash" else samples

@@ -193,9 +193,7 @@ def train(config: Config, console: Console) -> int:
         if result is None and plan.eval_rows:  # the run was complete already
             again = FeatureStream(bridges, plan.eval_requests, mesh)
             served = as_served(state.params)
-            result = evaluate_batches(
-                eval_step, served, again, len(plan.eval_requests), draft.block_size, config.loss
-            )
+            result = evaluate_batches(eval_step, served, again, len(plan.eval_requests), draft.block_size, config.loss)
         finish(config, console, run_dir, target, draft, bridge, checkpoints, result, log, started)
     return 0
 

@@ -8,8 +8,8 @@ import jax
 def why_no_kernels(*, alone: bool | None = None) -> str | None:
     """Why the kernels do not run here; None where they do: on a Hopper GPU (H100, H200) with jax >= 0.11.
 
-    Of several GPUs one is meant inside `shard_map`: the kernels themselves are not partitioned over a mesh. `alone` says
-    that a device will be alone there; None: look at what is being traced.
+    Of several GPUs one is meant inside `shard_map`: the kernels themselves are not partitioned over a mesh. `alone`: a
+    device is alone where they will be asked for; None: look at what is being traced.
     """
     if jax.default_backend() != "gpu":
         return "this process runs on a " + jax.default_backend().upper()

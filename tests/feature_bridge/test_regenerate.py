@@ -133,6 +133,19 @@ def test_every_turn_is_the_targets_own(server, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.jsonl", "out.jsonl"]
 
 
+def test_turns_that_nobody_asked_for_stay(server, tmp_path):
+    """An assistant turn at the beginning is no answer to anything; one that is not to be learnt stays that."""
+    hello, two = old("hello"), old() | {"weight": 0}
+    data = write(tmp_path / "data.jsonl", [{"messages": [hello, user("1"), old(), user("2"), two, user("3"), old()]}])
+    assert run(server, data, tmp_path / "out.jsonl") == 0
+    ((_, *turns),) = [record["messages"] for record in read(tmp_path / "out.jsonl")]
+    one = old(answer_to([hello, user("1")]))
+    second = old(answer_to([hello, user("1"), one, user("2")]))
+    third = old(answer_to([hello, user("1"), one, user("2"), second, user("3")]))
+    assert turns == [user("1"), one, user("2"), second | {"weight": 0}, user("3"), third]
+    assert len(server.requests) == 3
+
+
 def test_pictures_travel_as_data_urls(server, tmp_path):
     (tmp_path / "pictures").mkdir()
     for name, colour in (("a.png", "red"), ("b.jpg", "blue")):
