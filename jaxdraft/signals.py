@@ -7,10 +7,12 @@ import signal
 import socket
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LAUNCHERS_S = 5.0  # one SIGTERM may come twice: launchers send it to a process and to all that they have started
 
 
 def exit_code(number: int) -> int:
@@ -69,12 +71,14 @@ class StopSignal:
             raise Stopped(number)
 
     def _answer(self) -> None:
-        came = 0
+        first = None  # when it came
         while byte := self._inbox.recv(1):  # the interpreter writes each signal's number, whatever its threads do
             if byte[0] not in SIGNALS:
                 continue
-            came += 1
-            if came > 1:
+            if first is not None:
+                if byte[0] == signal.SIGTERM and time.monotonic() - first < LAUNCHERS_S:
+                    continue
                 os._exit(exit_code(byte[0]))
+            first = time.monotonic()
             what = "saving after this step; once more ends at once" if self.deferred else f"stopped; {self.outcome}"
             print(f"{signal.Signals(byte[0]).name}: {what}", file=sys.stderr, flush=True)

@@ -56,6 +56,8 @@ def test_a_process_that_is_in_c_answers_and_ends_at_the_second():
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "SIGTERM: saving after this step; once more ends at once\n"
+    process.send_signal(signal.SIGTERM)  # the same one, from a launcher
+    time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 128 + signal.SIGINT
 
