@@ -62,7 +62,7 @@ def test_kills_change_nothing(baseline, tmp_path):
             assert code == 2, output[-2000:]
             assert "error: the feature bridge" in output, output[-2000:]
             assert "Traceback" not in output
-        runs.wait_until(lambda bridge=bridge: not psutil.pid_exists(bridge) or is_zombie(bridge), timeout_s=20)
+        runs.wait_until(lambda bridge=bridge: not psutil.pid_exists(bridge) or runs.is_zombie(bridge))
     code, output = runs.run(config, *args)
     assert code == 0, output[-3000:]
     assert "resuming from step" in output
@@ -108,10 +108,3 @@ def test_resume_with_something_else_is_refused(baseline, args, named):
     assert "--fresh" in output
     assert "Traceback" not in output
     assert load_params(directory / "runs" / "small")[1] == before
-
-
-def is_zombie(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True

@@ -184,4 +184,4 @@ def test_the_command_writes_the_other_form(tmp_path, target):
         assert (tmp_path / "dflash" / file).read_bytes() == (dflash / file).read_bytes()
     command[-2] = str(tmp_path)
     done = subprocess.run([*command, str(tmp_path / "no")], capture_output=True, text=True)
-    assert (done.returncode, "has no config.json; give the target's directory" in done.stderr) == (2, True)
+    assert (done.returncode, "has no config.json; give a complete directory" in done.stderr) == (2, True)
