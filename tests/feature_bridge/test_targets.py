@@ -350,6 +350,21 @@ def test_every_sglang_is_probed_for_what_it_captures(meaning, model_paths, monke
     assert len(probed) == 2
 
 
+def test_pools_that_are_smaller_than_a_sample(model_paths, monkeypatch):
+    """SGLang lowers them without a word where the memory does not suffice."""
+
+    def small(spec, directory, **_):
+        target = HuggingFaceTarget(spec, directory, max_tokens=100)
+        target.capture_is_known = True
+        return target
+
+    monkeypatch.setattr(sglang_versions, "installed_version", lambda: "0.5.20")
+    monkeypatch.setattr("feature_bridge.targets.sglang.SGLangTarget", small)
+    with pytest.raises(ValueError, match=r"takes 100 tokens at once, fewer than data\.max_length=101; raise"):
+        load_target(spec_of(model_paths["qwen3"], backend="sglang", max_length=101))
+    load_target(spec_of(model_paths["qwen3"], backend="sglang", max_length=100))
+
+
 @pytest.mark.parametrize(
     ("layer_ids", "message"),
     [((0, 3), "last layer"), ((1, 0), "ascending"), ((1, 1), "ascending"), ((), "ascending"), ((-1, 0), r"\[0, 2\]")],

@@ -192,3 +192,4 @@ def test_kernels_run_where_a_device_has_its_own_part(monkeypatch):
     # A loop that XLA itself splits over tensor is no place for a kernel.
     assert ask(make_mesh(data=2, tensor=2, devices=devices[:4]), auto="tensor") == [False, False]
     assert ask(None) == [False, False]
+    assert why_no_kernels(alone=True) is None  # as a run says at its start of what its step will do
