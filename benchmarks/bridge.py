@@ -2,6 +2,7 @@
 
     row       hand-over of a row, capture, step, both together on one GPU, with pictures (`bridge_row`)
     run       200 training steps on the embedded pictures, SGLang target: loss, memory; a killed bridge (`bridge_run`)
+    hang      a shorter run whose bridge is stopped: how soon it is noticed, what is said, what is left (`bridge_run`)
     parity    features of random Qwen3.5, Qwen3-VL, Qwen2.5-VL in SGLang against transformers (`bridge_parity`)
     mps       capture, step and together again, both processes under NVIDIA's Multi-Process Service
     peers     together again with SpecForge's density of anchors: 256 for every 768 tokens
@@ -30,7 +31,7 @@ from typing import Any
 from benchmarks.bridge_row import path_with_repository
 
 FAMILIES = ("qwen3_5", "qwen3_vl", "qwen2_5_vl")
-LIMITS_S = {"row": 200, "run": 200, "parity": 150, "mps": 110, "peers": 90}
+LIMITS_S = {"row": 200, "run": 200, "hang": 150, "parity": 150, "mps": 110, "peers": 90}
 SPECFORGE_ANCHORS = 4096 * 256 // 768
 
 
@@ -130,15 +131,24 @@ def measure_row(
 
 
 def run(out: Path, args: argparse.Namespace) -> None:
+    watched_run(out, args, "run")
+
+
+def hang(out: Path, args: argparse.Namespace) -> None:
+    watched_run(out, args, "hang", "--hang")
+
+
+def watched_run(out: Path, args: argparse.Namespace, name: str, *options: str) -> None:
     print("\n| what | measured |\n|---|---|", flush=True)
-    command = ["benchmarks.bridge_run", str(out), args.bridge_python, *(["--quick"] if args.quick else [])]
-    good = call(out, "run", sys.executable, *command, limit_s=limit(args, "run"))
-    text = (out / "run-train.log").read_text(errors="replace")
-    if "GPU memory" in text:
-        print("\n```\n" + text[text.find("GPU memory") : text.find("data  ")] + "```", flush=True)
+    command = ["benchmarks.bridge_run", str(out), args.bridge_python, *options, *(["--quick"] if args.quick else [])]
+    good = call(out, name, sys.executable, *command, limit_s=limit(args, name))
+    log = out / f"{name}-train.log"
+    _, title, table = log.read_text(errors="replace").partition("GPU memory")
+    if title:
+        print(f"\n```\n{title}{table.partition('embedding and head')[0]}```", flush=True)
     if not good:
-        tail(out / "run-train.log")
-        tail(out / "run" / "bridge.log")
+        tail(log)
+        tail(out / name / "bridge.log")
 
 
 def parity(out: Path, args: argparse.Namespace) -> None:
@@ -193,7 +203,7 @@ def versions() -> str:
     return f"Python {sys.version.split()[0]}, " + ", ".join(found)
 
 
-PARTS = {"row": row, "run": run, "parity": parity, "mps": mps, "peers": peers}
+PARTS = {"row": row, "run": run, "hang": hang, "parity": parity, "mps": mps, "peers": peers}
 
 
 def main() -> None:

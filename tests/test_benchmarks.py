@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -110,6 +111,23 @@ def test_bridge_quick(tmp_path):
     table = dict(line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("| "))
     assert table["pointers equal the slot's"] == "all of 3 rows"
     assert re.match(r"[\d,]+ tokens/s, [\d.]+ samples/s", table["capture alone, throughput"])
+
+
+def test_a_stopped_bridge(tmp_path):
+    """A whole run whose bridge gets SIGSTOP: it is noticed, named and replaced, and nothing is left."""
+    command = [sys.executable, "-m", "benchmarks.bridge", "--quick", "--parts", "hang", "--out", str(tmp_path)]
+    fast = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}  # to compile
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | fast, capture_output=True, text=True, timeout=600, check=False
+    )
+    rows = dict(re.findall(r"^\| ([^|]*) \| (.*) \|$", result.stdout, re.M))
+    assert "<!-- hang: " in result.stdout, result.stdout[-3000:] + result.stderr[-1000:]
+    assert "exit code 0 -->" in result.stdout, result.stdout[-3000:]
+    assert float(rows["bridge stopped (SIGSTOP): noticed after"].split()[0]) >= 5
+    assert "did not answer and did nothing for 5 s: it hangs (see DIR/hang/bridge.log)" in rows["said"]
+    assert rows["end of the run"] == "exit code 0, step 14 of 14"
+    assert rows["loss of 14 steps"].endswith("all finite: True")
+    assert rows["processes left"] == "none"
 
 
 def test_several_gpus(tmp_path):
