@@ -60,9 +60,9 @@ def make_config(root: Path, size: str, anchors: int | None) -> Any:
         bridge=BridgeConfig(
             transport="cuda_ipc" if full else "shared_memory",
             sglang_args={"load_format": "dummy"} if full else {},
-            memory_fraction=0.15 if full else None,
+            memory_fraction=0.25 if full else None,
         ),
-        trainer=TrainerConfig(memory_fraction=0.25 if full else None),
+        trainer=TrainerConfig(memory_fraction=0.5 if full else None),
         epochs=200,
         max_steps=1000,
         anchors_per_row=anchors,

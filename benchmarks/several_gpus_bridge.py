@@ -60,6 +60,8 @@ def write(out: Path, size: str) -> None:
 
 
 def config_of(args: argparse.Namespace) -> Any:
+    from jaxdraft.config import TrainerConfig
+
     size = "quick" if args.quick else "full"
     config = make_config(args.out, size, None)
     sglang = not args.quick or args.targets != "each"
@@ -76,6 +78,7 @@ def config_of(args: argparse.Namespace) -> Any:
             python=args.bridge_python,
             feature_dtype="float32" if args.quick else "bfloat16",
         ),
+        trainer=TrainerConfig(memory_fraction=None if args.quick else 0.1),  # it looks at features, and trains nothing
     )
 
 

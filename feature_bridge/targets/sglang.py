@@ -231,6 +231,8 @@ def _server_args(spec: TargetSpec, directory: Path, device: str, max_tokens: int
         "tp_size": rank.count,
         "nccl_port": rank.port,
         "disable_custom_all_reduce": True,
+        # It would leave a layer's output in parts, summed only in the next layer: hooks and captures read it before.
+        "enforce_disable_flashinfer_allreduce_fusion": True,
         "sampling_backend": "pytorch",
         "grammar_backend": "none",
     }
