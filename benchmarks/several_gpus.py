@@ -24,7 +24,7 @@ from benchmarks.bridge import call, tail, versions
 
 PARTS = {
     "steps": ("benchmarks.several_gpus_steps", 300),
-    "checkpoint": ("benchmarks.several_gpus_steps", 150),
+    "checkpoint": ("benchmarks.several_gpus_steps", 240),
     "bridge": ("benchmarks.several_gpus_bridge", 300),
     "copy": ("benchmarks.several_gpus_bridge", 120),
 }
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--meshes", default="data,fsdp,tensor", help="of the steps part")
     parser.add_argument("--targets", default="each,together,shared", help="of the bridge part, see there")
+    parser.add_argument("--limit", type=float, default=None, help="seconds of each part, in place of its own limit")
     parser.add_argument("--bridge-python", default=sys.executable, help="of the environment with torch and SGLang")
     parser.add_argument("--out", type=Path, default=None, help="logs, models; default: a new temporary folder")
     args = parser.parse_args()
@@ -68,7 +69,7 @@ def main() -> None:
                 failed.append(part)
                 continue
         print(f"### {part}\n\n| what | measured |\n|---|---|", flush=True)
-        if not call(out, part, sys.executable, *command, limit_s=limit_s, env=env):
+        if not call(out, part, sys.executable, *command, limit_s=args.limit or limit_s, env=env):
             failed.append(part)
             for log in sorted(out.glob("bridge-*.log*")):
                 tail(log, 8)

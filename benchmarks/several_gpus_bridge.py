@@ -78,7 +78,7 @@ def config_of(args: argparse.Namespace) -> Any:
             python=args.bridge_python,
             feature_dtype="float32" if args.quick else "bfloat16",
         ),
-        trainer=TrainerConfig(memory_fraction=None if args.quick else 0.1),  # it looks at features, and trains nothing
+        trainer=TrainerConfig(memory_fraction=None if args.quick else 0.05),  # it looks at features, and trains nothing
     )
 
 
