@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import bridge_data
 from benchmarks.bridge_row import make_config, quantiles, say
 
 LAYERS = 8
 NUM_ROWS = 8  # compared, a multiple of the devices
-# Relative error of a row's features: over several GPUs the sums have another order; on one the bits should be equal.
-TOLERANCE = {"full": 3e-2, "quick": 1e-5}
+# Relative error of a row's features: over several GPUs the sums have another order, and in bfloat16 either is 2 - 3 %
+# away from float32; on one the bits should be equal.
+TOLERANCE = {"full": 8e-2, "quick": 1e-5}
 
 Rows = dict[int, np.ndarray]
 
@@ -38,6 +38,7 @@ def write(out: Path, size: str) -> None:
     import torch
     import transformers
 
+    from benchmarks import bridge_data
     from feature_bridge.cpu_stand_ins import torchvision_ops
 
     torchvision_ops.ensure()

@@ -30,7 +30,7 @@ from jaxdraft.train_step import StepConfig, TrainState, init_state, make_train_s
 STEPS = 20
 TOLERANCE = 2e-2  # of a loss, between two orders of summation in bfloat16
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
-COLLECTIVE = re.compile(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+COLLECTIVE = re.compile(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
 ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 
 
@@ -94,8 +94,11 @@ class OnMesh:
 def collectives(hlo: str) -> str:
     """What a compiled step sends, by kind and type: number and bytes of a device's results."""
     totals: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-    for shapes, kind in COLLECTIVE.findall(hlo):
-        for dtype, dims in ARRAY.findall(shapes):
+    for shapes, kind, start in COLLECTIVE.findall(hlo):
+        arrays = [array for array in ARRAY.findall(shapes) if array != ("u32", "")]
+        if start and kind != "all-reduce":  # operands, then results
+            arrays = arrays[len(arrays) // 2 :]
+        for dtype, dims in arrays:
             total = totals[f"{kind} {dtype}"]
             total[0] += 1
             total[1] += BYTES.get(dtype, 4) * int(np.prod([int(n) for n in dims.split(",") if n]))
