@@ -7,6 +7,9 @@ serves any loss whose weights are functions of the returned nll (D-PACE's label 
 Tokens that no loss or metric reads (`needed`) are moved behind the others, and only as many chunks are computed as hold
 needed ones: the number is read on the device, so any share of needed tokens is exact, and pays for itself alone.
 
+On a Hopper GPU the first product is our own kernel (head_mosaic), which never writes the logits. It cannot hold a label
+that is improbable beyond float32; if there is one, all is computed once more the other way.
+
 Dim suffixes: r rows, t tokens (c in a chunk), h model width, v vocabulary.
 """
 
@@ -23,7 +26,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxdraft.ops.hopper import on_one_hopper
 
 NARROW_PEAK = 8  # log2 of the largest softmax weight in 8 bits: float8_e5m2 holds 2^-16 to 2^15
-LOGIT_BYTES = 2**29  # logits of one chunk; the softmax weights take as much
+FUSED_TILE = 128  # tokens that head_mosaic takes at once
+LOGIT_BYTES = 2**29  # logits of one chunk; the softmax weights take as much. Without logits: half of the weights
 
 
 class _Options(NamedTuple):
@@ -32,6 +36,7 @@ class _Options(NamedTuple):
     chunk_tokens: int
     dtype: jnp.dtype
     head_dtype: str | None
+    fused: bool = False
 
 
 def linear_cross_entropy(
@@ -55,8 +60,8 @@ def linear_cross_entropy(
       needed: tokens to compute; the others get nll 0, predicted 0 and no gradient. None: all.
       multiplier, softcap: logits become softcap·tanh(multiplier·logits / softcap); None leaves either out.
       chunk_tokens: tokens a row of one chunk; None chooses by memory.
-      logits_dtype: storage of the logits between passes; None: that of `hidden`. The label's own logit is always
-        float32, so that in bfloat16 the nll and the gradient of a confident label keep float32's resolution.
+      logits_dtype: storage of the logits between passes, where they are stored; None: that of `hidden`. The label's own
+        logit is always float32, so that in bfloat16 a confident label's nll and gradient keep float32's resolution.
       head_dtype: "float8_e4m3fn" runs both products with the head in 8 bits: the head scaled as a whole, hidden states
         each by its own maximum, the softmax weights as float8_e5m2. The label's logit and its part of the gradient
         stay as they are. None: all in the dtype of `hidden`.
@@ -68,17 +73,27 @@ def linear_cross_entropy(
     Raises:
       ValueError: unknown head_dtype.
     """
-    t = hidden.shape[1]
+    shape, (v, _) = labels.shape, head.shape
     dtype = jnp.dtype(logits_dtype or hidden.dtype)
     if head_dtype not in (None, "float8_e4m3fn"):
         raise ValueError(f"head_dtype={head_dtype!r} is unknown; use None or 'float8_e4m3fn'")
     if needed is None:
-        needed = jnp.ones(labels.shape, bool)
+        needed = jnp.ones(shape, bool)
+    fused = multiplier is softcap is head_dtype is None and product_kernel_fits(hidden.dtype, *head.shape)
+    tile, row_bytes = 1, dtype.itemsize * v * shape[0]
+    if fused:  # on one device: rows need not be kept apart
+        chunk_tokens = chunk_tokens and chunk_tokens * shape[0]
+        hidden, labels, needed = (x.reshape(1, -1, *x.shape[2:]) for x in (hidden, labels, needed))
+        tile, row_bytes = FUSED_TILE, v
+    t = labels.shape[1]
     if chunk_tokens is None:
-        chunk_tokens = max(1, LOGIT_BYTES // (dtype.itemsize * hidden.shape[0] * head.shape[0]))
+        chunk_tokens = LOGIT_BYTES // row_bytes
     # Equal chunks: the padding of the last one is wasted work.
-    chunk_tokens = -(-t // -(-t // chunk_tokens))
-    return _chunked(hidden, head, labels, needed, _Options(multiplier, softcap, chunk_tokens, dtype, head_dtype))
+    chunks = -(-t // max(tile, chunk_tokens // tile * tile))
+    chunk_tokens = -(-t // (chunks * tile)) * tile
+    options = _Options(multiplier, softcap, chunk_tokens, dtype, head_dtype, fused)
+    nll, predicted = _chunked(hidden, head, labels, needed, options)
+    return nll.reshape(shape), predicted.reshape(shape)
 
 
 def reference(hidden, head, labels, *, multiplier: float | None = None, softcap: float | None = None):
@@ -116,26 +131,39 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 def _compacted(hidden, head, labels, needed, options, *, with_gradient: bool):
     """(nll, predicted and, where asked for, d nll / d hidden), zero for tokens that are not needed."""
-    t, chunk_tokens = hidden.shape[1], options.chunk_tokens
-    padding = ((0, 0), (0, -t % chunk_tokens))
+    t = hidden.shape[1]
+    padding = ((0, 0), (0, -t % options.chunk_tokens))
     needed = jnp.pad(needed, padding)
     order = jnp.argsort(~needed, axis=1, stable=True)  # the needed ones first
     place = jnp.cumsum(needed, axis=1) - 1  # of a needed token in that order
     hidden, labels = (_take(jnp.pad(x, padding + ((0, 0),) * (x.ndim - 2)), order) for x in (hidden, labels))
-    product = _narrow_products(head) if options.head_dtype else _products(head)
+    count = jnp.max(jnp.sum(needed, axis=1))
+    empty = [jnp.zeros(labels.shape, jnp.float32), jnp.zeros(labels.shape, jnp.int32)]
+    empty += [jnp.zeros_like(hidden)] * with_gradient
 
-    def chunk(i, results):
-        part = [jax.lax.dynamic_slice_in_dim(x, i * chunk_tokens, chunk_tokens, axis=1) for x in (hidden, labels)]
-        computed = _chunk(*part, head, product, options, with_gradient=with_gradient)
-        return [
-            jax.lax.dynamic_update_slice_in_dim(whole, x, i * chunk_tokens, axis=1)
-            for whole, x in zip(results, computed, strict=True)
-        ]
+    def loop(tokens, compute, empty):
+        def chunk(i, results):
+            part = [jax.lax.dynamic_slice_in_dim(x, i * tokens, tokens, axis=1) for x in (hidden, labels)]
+            computed = compute(*part, head, with_gradient=with_gradient)
+            return [
+                jax.lax.dynamic_update_slice_in_dim(whole, x, i * tokens, axis=1)
+                for whole, x in zip(results, computed, strict=True)
+            ]
 
-    results = [jnp.zeros(labels.shape, jnp.float32), jnp.zeros(labels.shape, jnp.int32)]
-    results += [jnp.zeros_like(hidden)] * with_gradient
-    chunks = -(-jnp.max(jnp.sum(needed, axis=1)) // chunk_tokens)
-    results = jax.lax.fori_loop(0, chunks, chunk, results)
+        return jax.lax.fori_loop(0, -(-count // tokens), chunk, empty)
+
+    def plain(tokens):
+        product = _narrow_products(head) if options.head_dtype else _products(head)
+        return loop(tokens, functools.partial(_chunk, product=product, options=options), empty)
+
+    if options.fused:
+        from jaxdraft.ops.head_mosaic import LARGEST  # needs a jaxlib with GPU support
+
+        rise, *results = loop(options.chunk_tokens, _fused_chunk, [empty[0], *empty])
+        too_far = jnp.any((rise > LARGEST) & (jnp.arange(rise.shape[1]) < count))
+        results = jax.lax.cond(too_far, lambda: plain(options.chunk_tokens // 2), lambda: results)
+    else:
+        results = plain(options.chunk_tokens)
     place, needed = place[:, :t], needed[:, :t]
     return [jnp.where(_like(needed, x), _take(x, place), 0) for x in results]
 
@@ -194,7 +222,22 @@ def _quantise(x, axis):
     return (x / scale).astype(jnp.float8_e4m3fn), scale
 
 
-def _chunk(hidden, labels, head, product: _Products, options: _Options, *, with_gradient: bool):
+def _fused_chunk(hidden, labels, head, *, with_gradient: bool):
+    """The same of one chunk [1, c, h], after how far the largest logit lies above the label's."""
+    from jaxdraft.ops.head_mosaic import softmax_product
+
+    head_rch = head[labels]
+    exact = jnp.einsum("rch,rch->rc", hidden, head_rch, preferred_element_type=jnp.float32)
+    weights, total, largest, predicted = softmax_product(hidden[0], head, exact[0], with_weights=with_gradient)
+    results = largest[None] - exact, jnp.log(total)[None], predicted[None]
+    if not with_gradient:
+        return results
+    # The label's own weight is 1, and a float32 sum keeps what the others are beside it.
+    mean = _products(head).backward(weights[None]) / total[None, :, None]
+    return *results, (mean - head_rch).astype(hidden.dtype)
+
+
+def _chunk(hidden, labels, head, *, product: _Products, options: _Options, with_gradient: bool):
     """The same of one chunk [r, c, h]. Comparisons instead of gathers and argmax: they fuse, and work on a vocabulary
     split over devices."""
     transform = functools.partial(_transform, multiplier=options.multiplier, softcap=options.softcap)
@@ -237,3 +280,8 @@ def _slope(logits, multiplier, softcap):
 
 def softmax_kernel_fits(vocab_size: int) -> bool:
     return vocab_size % 8 == 0 and vocab_size >= 8192 and on_one_hopper()
+
+
+def product_kernel_fits(dtype, vocab_size: int, width: int) -> bool:
+    fits = dtype == jnp.bfloat16 and vocab_size % 64 == 0 and vocab_size >= 8192 and width % 64 == 0
+    return fits and on_one_hopper()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,6 +133,65 @@ def test_softmax_weights(v, dtype):
     nothing, *statistics = softmax_weights(logits / 2, factor, labels, exact, weights_dtype=None, interpret=True)
     assert nothing is None
     np.testing.assert_allclose(statistics[1], lse, rtol=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("v", [512, 576])
+def test_head_softmax_product(v):
+    """On two thread blocks; the last tile of the second vocabulary begins early, to end with it."""
+    from jaxdraft.ops.head_mosaic import Tuning, softmax_product
+
+    t, h, rng = 256, 128, np.random.default_rng(v)
+    hidden = jnp.asarray(rng.normal(size=(t, h)), jnp.bfloat16)
+    head = jnp.asarray(0.3 * rng.normal(size=(v, h)), jnp.bfloat16)
+    logits = jnp.einsum("th,vh->tv", hidden, head, preferred_element_type=jnp.float32)
+    reference = logits[jnp.arange(t), rng.integers(0, v, t)]
+    run = functools.partial(softmax_product, hidden, head, reference, tuning=Tuning(thread_blocks=2), interpret=True)
+    weights, total, largest, argmax = run(with_weights=True)
+    expected = jnp.exp(logits - reference[:, None])
+    assert weights.dtype == jnp.bfloat16
+    np.testing.assert_allclose(weights.astype(jnp.float32), expected, rtol=2**-8)
+    np.testing.assert_allclose(total, jnp.sum(expected, axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(largest, jnp.max(logits, axis=-1), rtol=1e-6, atol=1e-5)
+    np.testing.assert_array_equal(argmax, jnp.argmax(logits, axis=-1))
+    nothing, *statistics = run(with_weights=False)
+    assert nothing is None
+    for got, expected in zip(statistics, (total, largest, argmax), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("improbable", [0.0, 400.0])
+def test_head_and_loss_without_logits(improbable, monkeypatch):
+    """As with stored float32 logits, rows and unneeded tokens included; and where one label is too improbable."""
+    from jaxdraft.ops import head_mosaic, linear_cross_entropy
+
+    (r, t, h, v), rng = (2, 150, 64, 576), np.random.default_rng(1)
+    hidden = jnp.asarray(rng.normal(size=(r, t, h)), jnp.bfloat16)
+    head = jnp.asarray(0.5 * rng.normal(size=(v, h)), jnp.bfloat16)
+    head = head.at[7].set(0.5 * hidden[0, 3] if improbable else 0.0)
+    head = head.at[9].set(-improbable / h * jnp.sign(hidden[0, 3]))  # far below the others for that token
+    labels = jnp.asarray(rng.integers(0, v, (r, t)), jnp.int32).at[0, 3].set(9)
+    needed, d_nll = jnp.asarray(rng.random((r, t)) < 0.7).at[0, 3].set(True), rng.random((r, t)).astype(np.float32)
+
+    def loss(hidden):
+        nll, predicted = linear_cross_entropy.linear_cross_entropy(
+            hidden, head, labels, needed, logits_dtype="float32", chunk_tokens=70
+        )
+        return jnp.sum(nll * d_nll), (nll, predicted)
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    expected = run(hidden)
+    assert (expected[0][1][0].max() > head_mosaic.LARGEST) == bool(improbable)
+    tuning = head_mosaic.Tuning(thread_blocks=2)
+    interpreted_product = functools.partial(head_mosaic.softmax_product, tuning=tuning, interpret=True)
+    monkeypatch.setattr(head_mosaic, "softmax_product", interpreted_product)
+    monkeypatch.setattr(linear_cross_entropy, "product_kernel_fits", lambda *_: True)
+    (value, (nll, predicted)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(hidden)
+    np.testing.assert_allclose(value, expected[0][0], rtol=1e-5)
+    np.testing.assert_allclose(nll, expected[0][1][0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(predicted, expected[0][1][1])
+    assert relative_error(gradient, expected[1]) < 1e-2
 
 
 def test_auto_is_plain_xla_without_a_hopper_gpu():
