@@ -255,7 +255,9 @@ def main() -> None:
     parser.add_argument(
         "--peers", nargs="*", metavar="SHAPE", help="also SpecForge and speculators, at these shapes (all)"
     )
-    parser.add_argument("--scaling", action="store_true", help="also other numbers of anchors, rows, tokens, V")
+    parser.add_argument(
+        "--scaling", nargs="*", metavar="FIELD", help="also other numbers of anchors, rows, tokens, vocab (all four)"
+    )
     parser.add_argument(
         "--no-optimizer", action="store_true", help="leave out the first shape's step with the optimizer"
     )
@@ -285,7 +287,9 @@ def main() -> None:
                 jobs.append(ours(pool, name, shape, head_dtype="float8_e4m3fn"))
             if shape is SHAPES[args.shapes[0]] and not args.no_optimizer:
                 jobs.append(with_optimizer(pool, name, shape, args.attention[0]))
-            for change in (TINY_SCALING if args.quick else SCALING) if args.scaling else ():
+            for change in [] if args.scaling is None else TINY_SCALING if args.quick else SCALING:
+                if args.scaling and not change.keys() & set(args.scaling):
+                    continue
                 label = f"{name} " + " ".join(f"{k}={v}" for k, v in change.items())
                 jobs.append(ours(pool, label, dataclasses.replace(shape, **change), attention=args.attention[0]))
         check_kernels(quick=args.quick)
