@@ -46,7 +46,7 @@ def connect(
     env: Mapping[str, str] | None = None,
     start_timeout_s: float = 1800.0,
     request_timeout_s: float = 300.0,
-    hang_timeout_s: float = 5.0,
+    hang_timeout_s: float = 4.0,
     worker: str | None = None,
 ) -> Client:
     """Starts a bridge process and waits until it is ready.

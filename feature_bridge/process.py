@@ -46,7 +46,7 @@ class BridgeProcess:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=_environment(env, log_path.parent),
-                    start_new_session=True,
+                    process_group=0,  # in the trainer's session: the kernel then wakes a stopped one when that dies
                     pass_fds=pass_fds,
                 )
             except OSError as error:

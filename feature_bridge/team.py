@@ -42,7 +42,7 @@ def connect_team(
     python: str | None = None,
     start_timeout_s: float = 1800.0,
     request_timeout_s: float = 300.0,
-    hang_timeout_s: float = 5.0,
+    hang_timeout_s: float = 4.0,
     worker: str | None = None,
 ) -> Team:
     """Starts the ranks, each with a spec, a log and an environment of its own; the rest is as in `client.connect`."""

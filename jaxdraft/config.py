@@ -161,7 +161,7 @@ class BridgeConfig:
     (before SGLang does); that they are the layers asked for is always checked."""
     start_timeout_s: float = 1800.0
     """Seconds that a bridge may take to start: the index and the target."""
-    hang_timeout_s: float = 5.0
+    hang_timeout_s: float = 4.0
     """Seconds that a ready bridge may give no sign of life while its process is stopped or sleeps; then it hangs."""
     request_timeout_s: float = 300.0
     """Seconds that filling one slot may take; a bridge that takes longer counts as hung."""

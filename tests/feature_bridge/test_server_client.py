@@ -241,7 +241,8 @@ TRAINER = """
 """
 
 
-def test_the_bridge_ends_with_its_trainer(tmp_path, scratch):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_bridge_ends_with_its_trainer(stopped, tmp_path, scratch):
     log = tmp_path / "log"
     code = "import os, sys, time\n" + textwrap.dedent(TRAINER)
     env = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "TMPDIR": str(scratch)}
@@ -251,6 +252,8 @@ def test_the_bridge_ends_with_its_trainer(tmp_path, scratch):
             bridge = int(trainer.stdout.readline())
             child = wait_for_child(log)
             assert is_running(bridge)
+            if stopped:
+                os.kill(bridge, signal.SIGSTOP)
             trainer.kill()
             wait_until(lambda: not is_running(bridge) and not is_running(child))
         finally:
