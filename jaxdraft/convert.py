@@ -86,19 +86,25 @@ def parse_draft_config(config: Mapping[str, Any]) -> DraftConfig:
         return nested.get(name, config.get(name, default))
 
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    num_layers = config["num_hidden_layers"]
+    layer_types = tuple(config.get("layer_types") or ["full_attention"] * num_layers)
+    sliding = "sliding_attention" in layer_types
     unsupported = {
         "architectures": (config.get("architectures", ["DFlashDraftModel"]), ["DFlashDraftModel"]),
         "hidden_act": (config.get("hidden_act", "silu"), "silu"),
         "attention_bias": (config.get("attention_bias") or False, False),
         "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        # vLLM refuses the first, SGLang rotates less of a head with the second, z-lab's class reads neither.
+        "mrope_section": (rope.get("mrope_section"), None),
+        "partial_rotary_factor": (config.get("partial_rotary_factor") or 1.0, 1.0),
+        # Qwen3's config class, and so every engine, has no window without it, whatever layer_types says.
+        "use_sliding_window": (sliding and config.get("use_sliding_window", False), sliding),
         **{name: (either(name) or None, None) for name in FOREIGN_FIELDS},
     }
     for name, (found, computed) in unsupported.items():
         if found != computed:
             raise ValueError(f"{name}={found!r} is not supported, only {computed!r}; start from another draft")
 
-    num_layers = config["num_hidden_layers"]
-    layer_types = tuple(config.get("layer_types") or ["full_attention"] * num_layers)
     mask_token_id, layer_ids = either("mask_token_id"), either("target_layer_ids")
     for name, value in (("mask_token_id", mask_token_id), ("target_layer_ids", layer_ids)):
         if value is None:
@@ -120,7 +126,7 @@ def parse_draft_config(config: Mapping[str, Any]) -> DraftConfig:
         rms_norm_eps=config["rms_norm_eps"],
         rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
         layer_types=layer_types,
-        sliding_window=config.get("sliding_window") if "sliding_attention" in layer_types else None,
+        sliding_window=config.get("sliding_window") if sliding else None,
         is_causal=either("is_causal"),
         **{name: None if value is None else float(value) for name, value in scalars.items()},
         initializer_range=config.get("initializer_range", 0.02),
