@@ -44,7 +44,7 @@ from jaxdraft.run import Plan, make_plan, open_run_dir, run_meta
 from jaxdraft.sharding import check_mesh, make_mesh, num_row_groups
 from jaxdraft.signals import Stopped, StopSignal, exit_code
 from jaxdraft.step_log import StepLog
-from jaxdraft.target import TargetModel, make_draft_config, open_target
+from jaxdraft.target import TargetModel, make_draft_config, open_target, resolve_mask_token
 from jaxdraft.train_step import (
     SavedState,
     StepConfig,
@@ -56,6 +56,10 @@ from jaxdraft.train_step import (
 )
 
 COUNTS = ("bad_batches", "samples", "tokens")  # of a state: what every micro-batch changes
+INIT_FROM_DECIDES = (
+    "num_layers", "block_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "target_layer_ids",
+    "sliding_window",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -240,17 +244,26 @@ def column_lengths(table: Any | None) -> np.ndarray:
 
 
 def choose_draft(config: Config, target: TargetModel) -> tuple[DraftConfig, dict[str, jax.Array] | None]:
-    """The draft's shape, and the weights to start from where `draft.init_from` names a directory."""
-    if config.draft.init_from is None:
-        return make_draft_config(config.draft, target), None
-    tensors, draft = load_draft(config.draft.init_from)
+    """The draft's shape, and the weights to start from where `draft.init_from` names a directory.
+
+    Raises:
+      ValueError: an option is given that is not the directory's. Of the mask token, the one that is given is taken.
+    """
+    given = config.draft
+    if given.init_from is None:
+        return make_draft_config(given, target), None
+    tensors, draft = load_draft(given.init_from)
     check_target(draft, target.config)
-    for name in ("num_layers", "block_size"):
-        if getattr(config.draft, name) != getattr(draft, name):
+    there = {name: getattr(draft, name) for name in INIT_FROM_DECIDES}
+    there["num_sliding_layers"] = draft.layer_types.count("sliding_attention")
+    for name, value in there.items():
+        if getattr(given, name) not in (None, 0, value):  # None, and 0 sliding layers: not given
             raise ValueError(
-                f"draft.{name}={getattr(config.draft, name)} is not that of draft.init_from={config.draft.init_from}; "
-                f"set it to {getattr(draft, name)}"
+                f"draft.{name}={getattr(given, name)} is not that of draft.init_from={given.init_from}; "
+                f"set it to {value}"
             )
+    if given.mask_token_id is not None:
+        draft = dataclasses.replace(draft, mask_token_id=resolve_mask_token(given.mask_token_id, target))
     return draft, from_tensors(tensors, draft)
 
 

@@ -1,7 +1,9 @@
 """What the trainer reads of a target: dimensions, mask token, frozen embedding and head."""
 
+import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,8 +11,12 @@ from safetensors import flax, safe_open
 from safetensors.numpy import save_file
 from tiny_models import FAMILIES, make_model
 
-from jaxdraft.config import DraftOptions, TargetConfig
+from jaxdraft.config import Config, DataConfig, DraftOptions, TargetConfig
+from jaxdraft.export import export_draft
+from jaxdraft.model.dflash import init_params
+from jaxdraft.model.tensors import to_tensors
 from jaxdraft.target import load_frozen, make_draft_config, open_target, resolve_mask_token
+from jaxdraft.train import choose_draft
 
 V, H = 13, 6
 TEXT = dict(
@@ -159,6 +165,39 @@ def test_mask_token_resolution_order(tmp_path):
         resolve_mask_token(None, target)
     with pytest.raises(ValueError, match="draft.mask_token_id=13 is not below.*vocab_size=13"):
         resolve_mask_token(V, target)
+
+
+def test_a_draft_to_start_from_decides_all_but_the_mask_token(tmp_path):
+    """Its mask token, too, where none is given; an option that contradicts it is refused and not passed over."""
+    for name in ("target", "draft"):
+        (tmp_path / name).mkdir()
+    config = write_target(tmp_path / "target", tie_word_embeddings=True)
+    target = open_target(config)
+    options = DraftOptions(num_layers=2, block_size=4, num_heads=4, num_kv_heads=2, head_dim=4, mask_token_id=11,
+                           target_layer_ids=(2, 5), sliding_window=8, num_sliding_layers=1)  # fmt: skip
+    trained = make_draft_config(options, target)
+    tensors = to_tensors(init_params(trained, jax.random.key(0)), trained)
+    exported = export_draft(tensors, trained, target.config, tmp_path / "draft", dtype="float32")
+
+    def choose(**given):
+        options = DraftOptions(**{"num_layers": 2, "block_size": 4, "init_from": str(exported)} | given)
+        return choose_draft(Config(name="x", target=config, data=DataConfig(train_path="x"), draft=options), target)
+
+    draft, params = choose()
+    assert draft == trained
+    np.testing.assert_array_equal(params["fc"], np.asarray(tensors["fc.weight"]).T)
+    assert choose(num_heads=4, target_layer_ids=(2, 5), num_sliding_layers=1, sliding_window=8)[0] == trained
+    assert choose(mask_token_id=12)[0] == dataclasses.replace(trained, mask_token_id=12)
+    with pytest.raises(ValueError, match="draft.mask_token_id=13 is not below"):
+        choose(mask_token_id=13)
+    for name, value, right in (
+        ("num_layers", 3, 2), ("block_size", 5, 4), ("num_heads", 2, 4), ("num_kv_heads", 4, 2), ("head_dim", 2, 4),
+        ("intermediate_size", 12, 10), ("target_layer_ids", (2, 6), r"\(2, 5\)"), ("sliding_window", 9, 8),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"draft.{name}=.* is not that of .*; set it to {right}"):
+            choose(**{name: value})
+    with pytest.raises(ValueError, match="draft.num_sliding_layers=2 is not that of .*; set it to 1"):
+        choose(num_sliding_layers=2, sliding_window=8)
 
 
 # --- of the hub, without the hub --------------------------------------------------------------------------------------
