@@ -7,20 +7,20 @@ in the kernel: they are small, for what is large lies in the slots.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from feature_bridge.bridge import Bridge
 from feature_bridge.contracts import (
     BridgeSpec,
     Check,
     Checked,
     Decode,
     Decoded,
-    Dtype,
     Failure,
     Fill,
     Filled,
@@ -71,8 +71,8 @@ def connect(
         return Client(spec, link, deadline, request_timeout_s, hang_timeout_s)
 
 
-class Client:
-    """A running bridge process, made by `connect`."""
+class Client(Bridge):
+    """A bridge process, made by `connect`."""
 
     def __init__(
         self,
@@ -89,7 +89,6 @@ class Client:
         self._ended = False
         self._fills: deque[int] = deque()  # request ids of fills that `next_filled` has not answered yet
         self._answers: dict[int, Filled | Decoded | Checked | Failure] = {}  # that came before they were asked for
-        self.num_ranks = 1  # see `team.Team`
         self.num_slots = spec.num_slots
         self.transport = spec.transport
         self.ready = self._start_message(Ready, deadline)
@@ -111,111 +110,44 @@ class Client:
         return self._link.process.pid
 
     @property
-    def life(self) -> int:
-        """See `RestartingClient.life`."""
-        return 0
-
-    @property
     def exit_code(self) -> int | None:
         """Of the closed bridge; negative for the signal that ended it."""
         return self._link.process.exit_code
 
     def fill(self, split: str, rows: Sequence[Row]) -> int:
-        """Asks for a slot with these rows, and returns the request's id at once."""
-        request = Fill(request_id=self._new_id(), split=split, rows=tuple(rows))
-        self._link.send(request)
-        self._fills.append(request.request_id)
-        return request.request_id
+        request = Fill(request_id=0, split=split, rows=tuple(rows))
+        self._fills.append(self.send(request))
+        return self._fills[-1]
 
     def next_filled(self, timeout: float | None = None) -> Filled:
-        """Waits for the oldest fill that was not answered yet: answers come in the order of the requests.
-
-        Args:
-          timeout: seconds; None: request_timeout_s of `connect`.
-
-        Raises:
-          BridgeError: "failed" for this request alone; "died" or "timeout".
-        """
+        """See `Bridge.next_filled`; `timeout` None: request_timeout_s of `connect`."""
         assert self._fills, "no fill is under way"
         self._wait_for(self._fills[0], self._request_timeout_s if timeout is None else timeout)
         return self._take(self._fills.popleft())
 
     def slot(self, filled: Filled, device_id: int | None = None, rank: int = 0) -> dict[str, Producer]:
-        """The slot's arrays by field name, on JAX's local device `device_id`; to be read until `release`."""
         assert rank == 0
         return self._memory.arrays(filled.slot, device_id)
 
     def release(self, slot: int, generation: int) -> None:
-        """Gives a slot back: nothing may read its arrays any more. Late or repeated, it changes nothing."""
         self._link.send(Release(slot=slot, generation=generation))
 
     def weights(self, device_id: int | None = None) -> dict[str, Producer]:
-        """The target's "embedding" and "head" in the bridge's own GPU memory, until `close_weights`.
-
-        Raises:
-          ValueError: they cannot be mapped, and why.
-        """
+        """See `Bridge.weights`; mapped until `close_weights`."""
         return self._weights.arrays(device_id)
 
     def close_weights(self) -> None:
         """Unmaps what `weights` gave: nothing may read it any more."""
         self._weights.close()
 
-    def decode(
-        self, draft_path: str, samples: Sequence[int], max_new_tokens: int, timeout: float = math.inf, **sampling: Any
-    ) -> Decoded:
-        """Decodes held-out conversations with an exported draft; its turn comes after the fills asked for before.
+    def ask(self, request: Decode | Check, timeout: float) -> Decoded | Checked:
+        return self.answer(self.send(request), timeout)
 
-        `sampling`: the temperature (0: greedily) and the seed.
-
-        Raises:
-          BridgeError: as `next_filled`.
-        """
-        return self.answer(self.ask_decode(draft_path, samples, max_new_tokens, **sampling), timeout)
-
-    def check(
-        self,
-        draft_path: str,
-        inputs_path: str,
-        systems: Sequence[str],
-        embedding_dtype: Dtype,
-        timeout: float = math.inf,
-    ) -> Checked:
-        """Runs the blocks of a file through the systems that load a draft; queued and failing as `decode` does."""
-        return self.answer(self.ask_check(draft_path, inputs_path, systems, embedding_dtype), timeout)
-
-    def ask_decode(
-        self,
-        draft_path: str,
-        samples: Sequence[int],
-        max_new_tokens: int,
-        *,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> int:
-        """The request of `decode`, for `answer`."""
-        request = Decode(
-            request_id=self._new_id(),
-            draft_path=draft_path,
-            samples=tuple(samples),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-        )
-        self._link.send(request)
-        return request.request_id
-
-    def ask_check(self, draft_path: str, inputs_path: str, systems: Sequence[str], embedding_dtype: Dtype) -> int:
-        """The request of `check`, for `answer`."""
-        request = Check(
-            request_id=self._new_id(),
-            draft_path=draft_path,
-            inputs_path=inputs_path,
-            systems=tuple(systems),
-            embedding_dtype=embedding_dtype,
-        )
-        self._link.send(request)
-        return request.request_id
+    def send(self, request: Fill | Decode | Check) -> int:
+        """Sends a request under an id of its own, and returns that, for `answer`."""
+        self._request_id += 1
+        self._link.send(replace(request, request_id=self._request_id))
+        return self._request_id
 
     def answer(self, request_id: int, timeout: float) -> Any:
         """Waits for a request's answer; raises as `next_filled`."""
@@ -223,7 +155,7 @@ class Client:
         return self._take(request_id)
 
     def close(self, grace_s: float = 5.0) -> None:
-        """Ends the bridge: in good order within `grace_s` seconds, else by force. A second call does nothing.
+        """See `Bridge.close`.
 
         First wait for whatever reads a slot: afterwards the arrays that are left read zeros.
         """
@@ -249,17 +181,7 @@ class Client:
             with contextlib.suppress(OSError):
                 self._link.connection.send(Shutdown())
 
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
     # --- inside ---
-
-    def _new_id(self) -> int:
-        self._request_id += 1
-        return self._request_id
 
     def _start_message(self, cls: type, deadline: float) -> Any:
         message = self._link.receive(deadline)

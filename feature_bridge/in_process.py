@@ -1,25 +1,25 @@
-"""The bridge without a process, for debugging: the client's interface over a worker that lives in the trainer."""
+"""The bridge without a process, for debugging: a worker that lives in the trainer."""
 
 from __future__ import annotations
 
 import os
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
+from feature_bridge.bridge import Bridge
 from feature_bridge.client import BridgeError
-from feature_bridge.contracts import BridgeSpec, Check, Checked, Decode, Decoded, Dtype, Fill, Filled, Row
+from feature_bridge.contracts import BridgeSpec, Check, Checked, Decode, Decoded, Fill, Filled, Row
 from feature_bridge.memory import Producer, create_host_memory
 from feature_bridge.ring import Ring
 from feature_bridge.server import Worker, describe, fill_slot
 
 
-class InProcessClient:
-    """Same methods as `client.Client`. A slot is filled when it is asked for, on the trainer's own thread."""
+class InProcessClient(Bridge):
+    """A slot is filled when it is waited for, on the trainer's own thread; so no time-out applies."""
 
     def __init__(self, spec: BridgeSpec, worker: Worker):
         self.ready = worker.ready
-        self.num_ranks = 1
         self.num_slots = spec.num_slots
         self.transport = spec.transport
         self._spec = spec
@@ -30,10 +30,6 @@ class InProcessClient:
         self.ring_bytes = self._memory.num_bytes
         self._request_id = 0
         self._fills: deque[Fill] = deque()
-
-    @property
-    def life(self) -> int:
-        return 0
 
     @property
     def pid(self) -> int:
@@ -61,48 +57,11 @@ class InProcessClient:
     def release(self, slot: int, generation: int) -> None:
         self._ring.release(slot, generation)
 
-    def decode(
-        self,
-        draft_path: str,
-        samples: Sequence[int],
-        max_new_tokens: int,
-        timeout: float | None = None,
-        *,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> Decoded:
+    def ask(self, request: Decode | Check, timeout: float) -> Decoded | Checked:
         self._request_id += 1
-        request = Decode(
-            request_id=self._request_id,
-            draft_path=draft_path,
-            samples=tuple(samples),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-        )
+        request = replace(request, request_id=self._request_id)
         try:
-            return self._worker.decode(request)
-        except Exception as error:
-            raise BridgeError(describe(error), kind="failed") from error
-
-    def check(
-        self,
-        draft_path: str,
-        inputs_path: str,
-        systems: Sequence[str],
-        embedding_dtype: Dtype,
-        timeout: float | None = None,
-    ) -> Checked:
-        self._request_id += 1
-        request = Check(
-            request_id=self._request_id,
-            draft_path=draft_path,
-            inputs_path=inputs_path,
-            systems=tuple(systems),
-            embedding_dtype=embedding_dtype,
-        )
-        try:
-            return self._worker.check(request)
+            return self._worker.decode(request) if isinstance(request, Decode) else self._worker.check(request)
         except Exception as error:
             raise BridgeError(describe(error), kind="failed") from error
 
@@ -110,9 +69,3 @@ class InProcessClient:
         if self._memory is not None:
             self._memory.close()
             self._memory = None
-
-    def __enter__(self) -> InProcessClient:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()

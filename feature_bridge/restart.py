@@ -1,4 +1,4 @@
-"""A bridge that is started again when it dies or hangs, with the same interface as `client.Client`.
+"""A bridge that is started again when it dies or hangs.
 
 Requests are pure: the new bridge fills the same rows with the same features. So whatever was asked for and not
 answered is asked for again, in the same order, and whoever waits notices nothing but the time.
@@ -6,22 +6,21 @@ answered is asked for again, in the same order, and whoever waits notices nothin
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
+from feature_bridge.bridge import Bridge
 from feature_bridge.client import BridgeError, Client
-from feature_bridge.contracts import Checked, Decoded, Dtype, Filled, Ready, Row
+from feature_bridge.contracts import Check, Checked, Decode, Decoded, Filled, Ready, Row
 from feature_bridge.memory import Producer
 from feature_bridge.team import Team
 
-Answer = TypeVar("Answer")
 _LIFE = 1 << 32  # a generation is the slot's own plus this many for every life of the bridge before
 
 
-class RestartingClient:
+class RestartingClient(Bridge):
     """A running bridge that survives `restarts` deaths."""
 
     def __init__(self, start: Callable[[], Client | Team], restarts: int, say: Callable[[str], Any]):
@@ -32,7 +31,7 @@ class RestartingClient:
           say: is given a sentence at every restart, and waits for whatever reads the dead bridge's memory.
         """
         self._start, self._restarts_left, self._say = start, restarts, say
-        self._life = 0
+        self.life = 0
         self._client = start()
         self._pending: deque[tuple[str, Sequence[Row]]] = deque()  # asked for and not answered
         self._borrowed: dict[tuple[int, int], Client | Team] = {}  # (slot, generation) -> whose memory it is
@@ -47,16 +46,10 @@ class RestartingClient:
         return self._client.pid
 
     @property
-    def life(self) -> int:
-        """How many bridges there were before this one: what `weights` gave is that of one life."""
-        return self._life
-
-    @property
     def exit_code(self) -> int | None:
         return self._client.exit_code
 
     def fill(self, split: str, rows: Sequence[Row]) -> int:
-        """See `Client.fill`."""
         self._pending.append((split, rows))
         try:
             return self._client.fill(split, rows)
@@ -64,7 +57,7 @@ class RestartingClient:
             return self._restart(error)
 
     def next_filled(self, timeout: float | None = None) -> Filled:
-        """See `Client.next_filled`; raises for a bridge's death only when its restarts are used up."""
+        """See `Bridge.next_filled`; raises for a bridge's death only when its restarts are used up."""
         while True:
             try:
                 filled = self._client.next_filled(timeout)
@@ -75,20 +68,19 @@ class RestartingClient:
                 self._restart(error)
                 continue
             self._pending.popleft()
-            filled = replace(filled, generation=filled.generation + self._life * _LIFE)
+            filled = replace(filled, generation=filled.generation + self.life * _LIFE)
             self._borrowed[filled.slot, filled.generation] = self._client
             return filled
 
     def slot(self, filled: Filled, device_id: int | None = None, rank: int = 0) -> dict[str, Producer]:
-        """See `Client.slot` and `Team.slot`."""
         return self._borrowed[filled.slot, filled.generation].slot(filled, device_id, rank)
 
     def weights(self, device_id: int | None = None) -> dict[str, Producer]:
-        """See `Client.weights`. After a restart they have to be asked for again: the old ones are unmapped."""
+        """See `Bridge.weights`. After a restart they have to be asked for again: the old ones are unmapped."""
         return self._client.weights(device_id)
 
     def release(self, slot: int, generation: int) -> None:
-        """See `Client.release`. A slot of a bridge that is gone goes back to nobody."""
+        """See `Bridge.release`. A slot of a bridge that is gone goes back to nobody."""
         client = self._borrowed.pop((slot, generation), None)
         if client is self._client:
             try:
@@ -98,43 +90,19 @@ class RestartingClient:
         elif client is not None and client not in self._borrowed.values():
             client.close()
 
-    def decode(
-        self, draft_path: str, samples: Sequence[int], max_new_tokens: int, timeout: float = math.inf, **sampling: Any
-    ) -> Decoded:
-        """See `Client.decode`."""
-        return self._again(lambda client: client.decode(draft_path, samples, max_new_tokens, timeout, **sampling))
-
-    def check(
-        self,
-        draft_path: str,
-        inputs_path: str,
-        systems: Sequence[str],
-        embedding_dtype: Dtype,
-        timeout: float = math.inf,
-    ) -> Checked:
-        """See `Client.check`."""
-        return self._again(lambda client: client.check(draft_path, inputs_path, systems, embedding_dtype, timeout))
-
-    def close(self, grace_s: float = 5.0) -> None:
-        """See `Client.close`."""
-        for client in {self._client, *self._borrowed.values()}:
-            client.close(grace_s)
-
-    def __enter__(self) -> RestartingClient:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def _again(self, ask: Callable[[Client | Team], Answer]) -> Answer:
-        """The answer of a living bridge. Raises for a bridge's death only when its restarts are used up."""
+    def ask(self, request: Decode | Check, timeout: float) -> Decoded | Checked:
+        """See `Bridge.ask`; raises for a bridge's death only when its restarts are used up."""
         while True:
             try:
-                return ask(self._client)
+                return self._client.ask(request, timeout)
             except BridgeError as error:
                 if not error.retryable:
                     raise
                 self._restart(error)
+
+    def close(self, grace_s: float = 5.0) -> None:
+        for client in {self._client, *self._borrowed.values()}:
+            client.close(grace_s)
 
     def _restart(self, error: BridgeError) -> int:
         """A new bridge in the place of the dead one, with everything that is under way asked for again.
@@ -153,7 +121,7 @@ class RestartingClient:
                 dead.close()
             try:
                 self._client = self._start()
-                self._life += 1
+                self.life += 1
                 _check_same(self.ready, self._client.ready)
                 request_id = 0
                 for split, rows in self._pending:

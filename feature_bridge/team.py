@@ -9,16 +9,15 @@ slot and its generation have the same number on each. One rank that ends takes t
 from __future__ import annotations
 
 import contextlib
-import math
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from feature_bridge.bridge import Bridge
 from feature_bridge.client import Client
-from feature_bridge.contracts import BridgeSpec, Checked, Decoded, Dtype, Filled, FilledRow, Row
+from feature_bridge.contracts import BridgeSpec, Check, Checked, Decode, Decoded, Filled, FilledRow, Row
 from feature_bridge.link import BridgeError, killed_on_error, launch
 from feature_bridge.memory import Producer
 
@@ -67,8 +66,8 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-class Team:
-    """The ranks of one target, with the interface of `client.Client`."""
+class Team(Bridge):
+    """The ranks of one target."""
 
     def __init__(self, ranks: Sequence[Client]):
         self._ranks, first = tuple(ranks), ranks[0]
@@ -81,7 +80,6 @@ class Team:
         self.num_slots = first.num_slots
         self.transport = first.transport
         self.ring_bytes = first.ring_bytes
-        self.life = 0
 
     @property
     def pid(self) -> int:
@@ -97,12 +95,10 @@ class Team:
         return self._ranks[0].exit_code
 
     def fill(self, split: str, rows: Sequence[Row]) -> int:
-        """See `Client.fill`; `rows` are those of all ranks."""
         ids = [rank.fill(split, rows) for rank in self._ranks]
         return ids[0]
 
     def next_filled(self, timeout: float | None = None) -> TeamFilled:
-        """See `Client.next_filled`."""
         filled = tuple(rank.next_filled(timeout) for rank in self._ranks)
         first = filled[0]
         assert {(part.slot, part.generation) for part in filled} == {(first.slot, first.generation)}
@@ -117,7 +113,6 @@ class Team:
         )
 
     def slot(self, filled: Filled, device_id: int | None = None, rank: int = 0) -> dict[str, Producer]:
-        """See `Client.slot`: the slot of one rank."""
         return self._ranks[rank].slot(filled, device_id)
 
     def release(self, slot: int, generation: int) -> None:
@@ -125,38 +120,20 @@ class Team:
             rank.release(slot, generation)
 
     def weights(self, device_id: int | None = None) -> dict[str, Producer]:
-        """See `Client.weights`: a ValueError, for each rank has a part of them."""
+        """See `Bridge.weights`: a ValueError, for each rank has a part of them."""
         return self._ranks[0].weights(device_id)
 
     def close_weights(self) -> None:
         for rank in self._ranks:
             rank.close_weights()
 
-    def decode(
-        self, draft_path: str, samples: Sequence[int], max_new_tokens: int, timeout: float = math.inf, **sampling: Any
-    ) -> Decoded:
-        """See `Client.decode`: every rank decodes the same."""
-        return self._all(Client.ask_decode, draft_path, samples, max_new_tokens, timeout=timeout, **sampling)
-
-    def check(
-        self,
-        draft_path: str,
-        inputs_path: str,
-        systems: Sequence[str],
-        embedding_dtype: Dtype,
-        timeout: float = math.inf,
-    ) -> Checked:
-        """See `Client.check`."""
-        return self._all(Client.ask_check, draft_path, inputs_path, systems, embedding_dtype, timeout=timeout)
-
-    def _all(self, ask: Any, *args: Any, timeout: float, **options: Any) -> Any:
+    def ask(self, request: Decode | Check, timeout: float) -> Decoded | Checked:
         """The first rank's answer, once all of them have answered."""
-        ids = [ask(rank, *args, **options) for rank in self._ranks]
+        ids = [rank.send(request) for rank in self._ranks]
         answers = [rank.answer(i, timeout) for rank, i in zip(self._ranks, ids, strict=True)]
         return answers[0]
 
     def close(self, grace_s: float = 5.0) -> None:
-        """See `Client.close`."""
         self.end(grace_s)
         for rank in self._ranks:
             rank.close()
@@ -168,9 +145,3 @@ class Team:
         deadline = time.monotonic() + grace_s
         for rank in self._ranks:
             rank.end(max(0.0, deadline - time.monotonic()))
-
-    def __enter__(self) -> Team:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()

@@ -20,13 +20,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from feature_bridge.client import BridgeError, Client, connect
+from feature_bridge.bridge import Bridge
+from feature_bridge.client import BridgeError, connect
 from feature_bridge.contracts import BridgeSpec, DataSpec, Rank, TargetSpec
 from feature_bridge.cuda_ipc import Gpu, host_gpus, num_gpus
 from feature_bridge.in_process import InProcessClient
 from feature_bridge.restart import RestartingClient
 from feature_bridge.server import DEFAULT_WORKER, load_worker
-from feature_bridge.team import Team, connect_team
+from feature_bridge.team import connect_team
 from jaxdraft.config import Config
 from jaxdraft.gpu_memory import jax_memory_limit
 
@@ -42,8 +43,6 @@ __all__ = [
     "seats",
     "teams",
 ]
-
-Bridge = Client | Team | RestartingClient | InProcessClient
 
 
 class Seat(NamedTuple):
