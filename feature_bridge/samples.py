@@ -132,6 +132,8 @@ def make_sample(
             "too few supervised tokens",
             f"{sample.num_supervised} supervised tokens{cut}, fewer than {data.min_supervised} (2 x draft.block_size)",
         )
+    if not (sample.loss_mask[:-1] & sample.loss_mask[1:]).any():  # every answer is empty, say
+        raise SampleError("no anchor", "no supervised token follows another, so that no block has anything to predict")
     return sample
 
 

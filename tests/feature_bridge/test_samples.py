@@ -305,6 +305,16 @@ def test_too_few_supervised_tokens(loaded, processors, tmp_path):
         make_sample(record, "x:1", tmp_path, processors["qwen3.5"], data_spec(max_length=6))
 
 
+def test_a_sample_without_an_anchor_is_left_out(processors, tmp_path):
+    """Enough supervised tokens, and yet none that follows another: each empty answer is its end of turn alone."""
+    turns = [("user", "Q"), ("assistant", "")] * 9
+    with pytest.raises(SampleError, match="no supervised token follows another"):
+        make_sample(openai_record(turns), "x:1", tmp_path, processors["qwen2.5-vl"], data_spec(min_supervised=8))
+    turns[-1] = ("assistant", "A")
+    sample = make_sample(openai_record(turns), "x:1", tmp_path, processors["qwen2.5-vl"], data_spec(min_supervised=8))
+    assert sample.num_supervised == 10
+
+
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
