@@ -161,7 +161,7 @@ def _pieces(content: Any, index: int, role: str, marked: tuple[str, ...]) -> lis
         elif kind in ("image", "image_url", "video", "video_url"):
             pieces.append(_visual(part, kind.removesuffix("_url"), index, role))
         else:
-            raise _broken(f"turn {index} has a content part that is no text, picture or video (type {kind!r})")
+            raise _broken(f"turn {index} has a content part that is neither text, picture nor video (type {kind!r})")
     return pieces
 
 

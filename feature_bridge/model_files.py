@@ -36,9 +36,7 @@ def find_model(path: str, revision: str | None, *, weights: bool) -> Path:
     if directory.is_absolute() or path.count("/") != 1 or path.startswith("."):
         raise ValueError(f"target.path={path!r} does not exist; give a model directory or a hub id (org/name)")
     if revision is None:
-        raise ValueError(
-            f"target.path={path!r} is no directory, and as a hub id it needs target.revision: pin a commit"
-        )
+        raise ValueError(f"target.path={path!r} is not a directory, and a hub id needs target.revision: pin a commit")
     from huggingface_hub import snapshot_download  # only a hub id needs it
 
     options: dict[str, Any] = {"revision": revision}
@@ -97,7 +95,7 @@ def open_tensors(file: str | Path, framework: str) -> Iterator[Any]:
         opened = safe_open(file, framework=framework)
     except (SafetensorError, OSError) as error:
         why = _first_line(error)
-        raise ValueError(f"{file} is no whole safetensors file ({why}); {_remedy(Path(file))}") from error
+        raise ValueError(f"{file} is not a complete safetensors file ({why}); {_remedy(Path(file))}") from error
     with opened as tensors:
         yield tensors
 
@@ -107,7 +105,7 @@ def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
     except (ValueError, OSError) as error:  # UnicodeDecodeError is a ValueError
-        raise ValueError(f"{file} is no whole JSON file ({_first_line(error)}); {_remedy(file)}") from error
+        raise ValueError(f"{file} is not a complete JSON file ({_first_line(error)}); {_remedy(file)}") from error
 
 
 def read_config(directory: str | Path, field: str = "target.path") -> dict[str, Any]:
@@ -117,7 +115,7 @@ def read_config(directory: str | Path, field: str = "target.path") -> dict[str, 
         raise ValueError(f"{field}={str(directory)!r} has no config.json; give a complete directory")
     config = read_json(file)
     if not isinstance(config, dict):
-        raise ValueError(f"{file} holds no JSON object; download it again")
+        raise ValueError(f"{file} is not a JSON object; download it again")
     return config
 
 

@@ -324,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not 0 < args.top_p <= 1 or not args.timeout > 0:
             raise ValueError("--top-p is above 0 and at most 1, --timeout above 0")
         if not args.server.startswith(("http://", "https://")):
-            raise ValueError(f"--server {args.server} is no URL; give http://HOST:PORT")
+            raise ValueError(f"--server {args.server} is not a URL; give http://HOST:PORT")
         if args.output.exists():
             raise ValueError(f"--output {args.output} is there already; remove it, or give another name")
         print(json.dumps(asyncio.run(_run(args))))

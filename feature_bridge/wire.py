@@ -168,7 +168,7 @@ class Connection:
             return None
         (length,) = _LENGTH.unpack_from(self._buffer)
         if length > _MAX_FRAME:
-            raise WireError(f"a frame of {length} bytes was announced, which is no message of ours")
+            raise WireError(f"a frame of {length} bytes was announced, which cannot be one of our messages")
         end = _LENGTH.size + length
         if len(self._buffer) < end:
             return None

@@ -170,7 +170,7 @@ class Worker:
         for name, matrix in matrices.items():
             dtype = str(matrix.dtype).removeprefix("torch.")
             if dtype not in ("float32", "bfloat16") or not matrix.is_contiguous():
-                raise ValueError(f"the target's {name} is no plain matrix of float32 or bfloat16 ({dtype})")
+                raise ValueError(f"the target's {name} is not a plain float32 or bfloat16 matrix ({dtype})")
             device = (device_type[matrix.device.type], matrix.device.index or 0)
             producers[name] = Producer(matrix.data_ptr(), dtype, tuple(matrix.shape), device)
         return producers

@@ -46,7 +46,7 @@ def find_config(name: str) -> Path:
         if path.is_file():
             return path
     raise ValueError(
-        f"--config {name} is no file; give a path, the directory of a run, or one of configs/: {known_configs()}"
+        f"--config {name} is not a file; give a path, the directory of a run, or one of configs/: {known_configs()}"
     )
 
 
@@ -66,7 +66,7 @@ def load_config(name: str) -> Config:
         return config_of_json(path)
     loader = importlib.util.spec_from_file_location(f"jaxdraft_config_{path.stem}", path)
     if loader is None:
-        raise ValueError(f"--config {path} is no Python file; give one with a get_config(), or a run's directory")
+        raise ValueError(f"--config {path} is not a Python file; give one with a get_config(), or a run's directory")
     module = importlib.util.module_from_spec(loader)
     try:
         loader.loader.exec_module(module)
@@ -85,7 +85,7 @@ def config_of_json(path: Path) -> Config:
     """The config that a run wrote into its directory. Raises ValueError: it is none, or of another version of this."""
     written = read_json(path)
     if unknown := _unknown_fields(written, Config):
-        raise ValueError(f"{path} is no config of a run: {unknown} is no field; give another --config")
+        raise ValueError(f"{path} is not the config of a run: {unknown} is not a field; give another --config")
     try:
         return msgspec.convert(written, Config, strict=True)
     except msgspec.ValidationError as error:
@@ -93,7 +93,7 @@ def config_of_json(path: Path) -> Config:
 
 
 def _unknown_fields(written: Any, kind: type) -> str:
-    """The first name that is no field of the dataclass; empty: none."""
+    """The first name that is not a field of the dataclass; empty: none."""
     if not isinstance(written, dict):
         return ""
     hints = typing.get_type_hints(kind)

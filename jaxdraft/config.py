@@ -311,7 +311,9 @@ class Config:
         _at_least(self, "", 1, "log_interval", "eval_interval", "save_interval", "max_new_tokens")
         _at_least(self, "", 0, "seed", "max_bad_batches", "num_decode")
         well_formed = re.fullmatch(r"\w[\w.-]*", self.name)  # never ".": --fresh would move all runs aside
-        _require(well_formed, "name", self.name, "use letters, digits, '_', '.' and '-', not the last two at first")
+        _require(
+            well_formed, "name", self.name, "use letters, digits, '_', '.' and '-', but begin with neither '.' nor '-'"
+        )
         if (self.bridge.memory_fraction or 0) + (self.trainer.memory_fraction or 0) > 1:
             raise ValueError(
                 f"bridge.memory_fraction={self.bridge.memory_fraction} and trainer.memory_fraction="

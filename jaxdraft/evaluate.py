@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}-step", type=float, metavar="MS", help=f"measured time of {what}")
     own, config = parse_command(parser, argv)
     if not 0 <= own.temperature < math.inf:
-        raise ValueError(f"--temperature={own.temperature} is no temperature; give 0 or more")
+        raise ValueError(f"--temperature={own.temperature} must be finite and at least 0; use 0 for greedy decoding")
     steps = {f"{name}_step": getattr(own, f"{name}_step") for name in ("target", "draft", "verify")}
     if any(steps.values()) and not all(steps.values()):
         raise ValueError("an expected speed-up needs --target-step, --draft-step and --verify-step; give all three")

@@ -221,7 +221,7 @@ def check_tensors(tensors: Tensors, config: DraftConfig, dtype: str) -> dict[str
     if missing := shapes.keys() - tensors.keys():
         raise ValueError(f"tensor {min(missing)} is missing ({len(missing)} in all); export a complete checkpoint")
     if extra := tensors.keys() - shapes.keys():
-        raise ValueError(f"tensor {min(extra)} is no part of this draft ({len(extra)} in all); export its own config")
+        raise ValueError(f"tensor {min(extra)} is not part of this draft ({len(extra)} in all); export its own config")
     written = {}
     for name, shape in shapes.items():
         tensor = np.asarray(tensors[name])

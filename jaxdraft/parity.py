@@ -284,7 +284,7 @@ def tensor_difference(found: Mapping[str, str], digests: Mapping[str, str], load
             return f"tensor {name} was never loaded"
         if found[name] != expected:
             return f"tensor {name} has other values"
-    return next((f"tensor {name} is no part of the draft" for name in found if name not in digests), "")
+    return next((f"tensor {name} is not part of the draft" for name in found if name not in digests), "")
 
 
 # --- conversations ----------------------------------------------------------------------------------------------------

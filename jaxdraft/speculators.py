@@ -47,12 +47,12 @@ def to_speculators(
     for name, value in neutral.items():
         if (found := getattr(draft, name)) not in (None, value):
             raise ValueError(
-                f"the draft's {name}={found} cannot be said in speculators' format; export it with --format dflash"
+                f"the draft's {name}={found} cannot be expressed in speculators' format; export it with --format dflash"
             )
     if draft.target_layer_ids[-1] + 1 == draft.num_target_layers:
         raise ValueError(
             f"the draft reads the target's last layer, {draft.target_layer_ids[-1]}, which speculators' format cannot "
-            "say; export it with --format dflash"
+            "express; export it with --format dflash"
         )
     method = {
         "proposal_type": "greedy",
@@ -125,7 +125,7 @@ def _target_layers(config: Mapping[str, Any]) -> int:
     file = Path(str(name)) / "config.json"
     if not file.is_file():
         raise ValueError(
-            f"num_target_layers is missing, and its target {name!r} is no directory here; add that field to config.json"
+            f"num_target_layers is missing, and its target {name!r} is not a directory here; add it to config.json"
         )
     target = json.loads(file.read_text())
     return target.get("text_config", target)["num_hidden_layers"]

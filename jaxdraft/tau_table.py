@@ -181,5 +181,5 @@ def expected_speedup(tau: float, *, target_step: float, draft_step: float, verif
     """
     for name, value in (("target", target_step), ("draft", draft_step), ("verify", verify_step)):
         if not value > 0:
-            raise ValueError(f"--{name}-step={value} is no time; give what one step takes, in milliseconds say")
+            raise ValueError(f"--{name}-step={value} must be positive; give the time of one step, e.g. in milliseconds")
     return tau * target_step / (draft_step + verify_step)

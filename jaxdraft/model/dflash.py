@@ -106,7 +106,7 @@ class DraftConfig:
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"draft.num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}; change either"
+                f"draft.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; change one"
             )
         if self.head_dim % 2:
             raise ValueError(f"draft.head_dim={self.head_dim} must be even for rotary positions; use 64 or 128")

@@ -74,7 +74,7 @@ def _check(found: Mapping[str, Array], expected: Mapping[str, tuple[int, ...]]) 
             f"tensor {name} is missing; a draft with this config has {len(expected)} tensors, give them all"
         )
     for name in sorted(found.keys() - expected.keys()):
-        raise ValueError(f"tensor {name} is no part of a draft with this config; remove it or correct the config")
+        raise ValueError(f"tensor {name} is not part of a draft with this config; remove it or correct the config")
     for name, shape in expected.items():
         if tuple(found[name].shape) != shape:
             raise ValueError(

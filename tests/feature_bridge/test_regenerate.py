@@ -315,7 +315,7 @@ def test_a_wrong_address_is_one_sentence(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--server", "localhost:30000"], "error: --server localhost:30000 is no URL; give http://HOST:PORT"),
+        (["--server", "localhost:30000"], "error: --server localhost:30000 is not a URL; give http://HOST:PORT"),
         (["--temperature", "nan"], "error: --concurrency and --max-tokens"),
         (["--timeout", "0"], "error: --top-p is above 0"),
         (["--retries", "x"], "error: argument --retries: invalid int value: 'x'; --help"),

@@ -180,7 +180,7 @@ def test_what_is_no_message_is_one_sentence(payload, sentence):
 
 def test_a_stream_that_is_not_ours(pair):
     pair[0]._socket.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    with pytest.raises(wire.WireError, match="no message of ours"):
+    with pytest.raises(wire.WireError, match="cannot be one of our messages"):
         pair[1].receive(10)
 
 

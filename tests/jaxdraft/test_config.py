@@ -175,7 +175,11 @@ def test_a_runs_directory_is_its_config(tmp_path):
     )
     assert parse_args(["--config", str(run_dir), "--epochs", "4"]).epochs == 4
     written = json.loads((run_dir / "config.json").read_text())
-    for change, named in (({"epoch": 3}, "epoch is no field"), ({"epochs": 0}, "epochs=0"), ({"data": 3}, "`object`")):
+    for change, named in (
+        ({"epoch": 3}, "epoch is not a field"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"data": 3}, "`object`"),
+    ):
         (run_dir / "config.json").write_text(json.dumps(written | change))
         with pytest.raises(ValueError, match=f"{run_dir}/config.json.*{named}"):
             load_config(str(run_dir))

@@ -198,7 +198,7 @@ def _nan(array):
     ("tensors", "message"),
     [
         ({k: v for k, v in random_tensors().items() if k != K_NORM}, f"{K_NORM} is missing"),
-        ({**random_tensors(), "lm_head.weight": np.ones((2, 2))}, "lm_head.weight is no part"),
+        ({**random_tensors(), "lm_head.weight": np.ones((2, 2))}, "lm_head.weight is not part"),
         (_with("fc.weight", lambda x: x.T), r"fc.weight has shape \[120, 40\], not \[40, 120\]"),
         (_with(K_NORM, _nan), f"{K_NORM} has values that are not finite"),
         (

@@ -249,7 +249,7 @@ def test_tensor_table_round_trip_is_bit_exact_and_strict():
     name = "layers.3.mlp.up_proj.weight"
     with pytest.raises(ValueError, match=f"{name} is missing"):
         from_tensors({k: v for k, v in tensors.items() if k != name}, config)
-    with pytest.raises(ValueError, match=r"lm_head\.weight is no part"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not part"):
         from_tensors(tensors | {"lm_head.weight": tensors[name]}, config)
     with pytest.raises(ValueError, match=f"{name} has shape"):
         from_tensors(tensors | {name: tensors[name].T}, config)
@@ -265,7 +265,7 @@ def test_tensor_table_round_trip_is_bit_exact_and_strict():
         ({"target_layer_ids": (4, 1)}, r"target_layer_ids=\(4, 1\) must be strictly ascending"),
         ({"target_layer_ids": (1, 8)}, "must lie in 0..7"),
         ({"mask_token_id": 101}, "mask_token_id=101 must be below vocab_size=101"),
-        ({"num_kv_heads": 3}, "num_heads=4 is no multiple"),
+        ({"num_kv_heads": 3}, "num_heads=4 is not a multiple"),
         ({"block_size": 1}, "block_size=1 predicts nothing"),
         ({"layer_types": ("full_attention",)}, "for each of the 2 layers"),
         ({"layer_types": ("sliding_attention",) * 2}, "sliding_window=None"),

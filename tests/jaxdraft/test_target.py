@@ -251,8 +251,8 @@ def test_a_part_of_a_snapshot_is_not_taken_for_all_of_it(snapshot):
             b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n",
             "a Git-LFS pointer: run `git lfs pull`",
         ),
-        (None, "is no whole safetensors file.*; download it again"),  # cut off
-        (b"", "is no whole safetensors file.*; download it again"),
+        (None, "is not a complete safetensors file.*; download it again"),  # cut off
+        (b"", "is not a complete safetensors file.*; download it again"),
     ],
 )
 def test_broken_weights_are_named(tmp_path, content, said):
@@ -266,13 +266,13 @@ def test_broken_weights_are_named(tmp_path, content, said):
 def test_other_broken_files_are_named(tmp_path):
     config = write_target(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"model.embed_tokens.weight": "gone"}}')
-    with pytest.raises(ValueError, match="/gone is no whole safetensors file"):
+    with pytest.raises(ValueError, match="/gone is not a complete safetensors file"):
         load_frozen(config, open_target(config), jnp.float32)
     (tmp_path / "tokenizer.json").write_text('{"model"')
-    with pytest.raises(ValueError, match="tokenizer.json is no whole JSON file"):
+    with pytest.raises(ValueError, match="tokenizer.json is not a complete JSON file"):
         make_draft_config(DraftOptions(num_layers=3), open_target(config))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is no whole JSON file.*; download it again"):
+    with pytest.raises(ValueError, match="config.json is not a complete JSON file.*; download it again"):
         open_target(config)
 
 
