@@ -28,6 +28,7 @@ RESUME_MAY_CHANGE = frozenset({
     "bridge.verify", "bridge.start_timeout_s", "bridge.request_timeout_s", "bridge.hang_timeout_s",
     "bridge.restarts", "bridge.memory_fraction",
     "bridge.devices", "bridge.tensor_parallel", "bridge.reader_processes",
+    "bridge.sglang_args.mem_fraction_static", "bridge.sglang_args.max_total_tokens",
     "trainer.memory_fraction", "trainer.map_frozen", "mesh.data", "mesh.fsdp", "mesh.tensor", "draft.init_from",
     "accumulation",
     "distributed.coordinator_address", "distributed.num_processes", "distributed.process_id", "distributed.timeout_s",
@@ -160,9 +161,7 @@ def check_resume(saved: dict[str, Any], now: dict[str, Any]) -> None:
     old, new = (_flatten({k: v for k, v in meta.items() if k not in own}) for meta in (saved, now))
     for name in sorted(old.keys() | new.keys()):
         field = name.removeprefix("config.")
-        if field in RESUME_MAY_CHANGE or field.startswith("bridge.sglang_args"):
-            continue
-        if old.get(name) != new.get(name):
+        if field not in RESUME_MAY_CHANGE and old.get(name) != new.get(name):
             raise ValueError(
                 f"{field}={new.get(name)!r} differs from the checkpoint's {old.get(name)!r}; "
                 "restore the old value, or start a new run with --fresh or another --name"

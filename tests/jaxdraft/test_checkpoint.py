@@ -1,5 +1,6 @@
 """Checkpoints: what is kept, what is restored, what a resume may change."""
 
+import contextlib
 import dataclasses
 import math
 
@@ -9,7 +10,17 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdraft.checkpoint import Checkpoints, abstract_like, as_json, check_resume, load_params, pick_step
+from jaxdraft.checkpoint import (
+    RESUME_MAY_CHANGE,
+    Checkpoints,
+    _flatten,
+    abstract_like,
+    as_json,
+    check_resume,
+    load_params,
+    pick_step,
+)
+from jaxdraft.cli import load_config
 from jaxdraft.sharding import MESH_AXES, make_mesh
 
 
@@ -115,6 +126,36 @@ def test_resume_may_change(path, value):
 def test_resume_refuses_by_name(path, value):
     with pytest.raises(ValueError, match=rf"{path[-1]}=.*--fresh"):
         check_resume(META, changed(path, value))
+
+
+MEMORY_ARGS = ("mem_fraction_static", "max_total_tokens")
+
+
+def test_every_field_that_decides_what_is_trained_is_refused():
+    config = as_json(load_config("tiny_qwen35vl"))
+    known = _flatten(config).keys() | {f"bridge.sglang_args.{name}" for name in MEMORY_ARGS}
+    assert known >= RESUME_MAY_CHANGE, "a name that is no field allows nothing"
+    decisive = {f"{part}.{name}" for part in ("draft", "loss", "optim") for name in config[part]} - {"draft.init_from"}
+    decisive |= {f"data.{name}" for name in ("row_tokens", "too_long", "eval_fraction", "max_pixels", "video_fps")}
+    decisive |= {f"target.{name}" for name in config["target"]} - {"target.path"}
+    decisive |= {"seed", "epochs", "max_steps", "anchors_per_row", "anchor_rule", "compute_dtype", "attention"}
+    decisive |= {"bridge.feature_dtype"}
+    saved = {"config": config}
+    for name in decisive:
+        with pytest.raises(ValueError, match=f"^{name}='other' differs"):
+            check_resume(saved, changed(("config", *name.split(".")), "other", saved))
+
+
+@pytest.mark.parametrize(("name", "allowed"), [("quantization", False), ("mem_fraction_static", True)])
+def test_arguments_of_sglang_that_change_what_it_computes_are_refused(name, allowed):
+    """Of a dict that the saved config has empty."""
+    saved = {"config": as_json(load_config("tiny_qwen35vl"))}
+    now = changed(("config", "bridge", "sglang_args"), {name: 0.5}, saved)
+    refused = (
+        contextlib.nullcontext() if allowed else pytest.raises(ValueError, match=f"sglang_args.{name}=0.5 differs")
+    )
+    with refused:
+        check_resume(saved, now)
 
 
 def changed(path, value, tree=META):
