@@ -294,15 +294,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m jaxdraft.regenerate", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--data", required=True, help="JSONL file or `datasets.save_to_disk` folder")
     parser.add_argument("--output", required=True, type=Path, help="JSONL file to write")
-    parser.add_argument("--server", required=True, metavar="URL", help="of an OpenAI-compatible server, SGLang's say")
-    parser.add_argument("--model", help="name of the model there; default: the first that it serves")
-    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, help="default: 1, all tokens")
-    what = "of an answer; one that is cut off is left out; default: %(default)s"
+    parser.add_argument("--server", required=True, metavar="URL", help="an OpenAI-compatible server, e.g. SGLang's")
+    parser.add_argument("--model", help="name of the model there; default: the first one served")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the sampling; default: 0, greedy")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="share of probability to sample from; default: 1, all tokens"
+    )
+    what = "limit of an answer; one that is cut off is left out; default: %(default)s"
     parser.add_argument("--max-tokens", type=int, default=2048, help=what)
     parser.add_argument("--concurrency", type=int, default=64, help="conversations at a time; default: %(default)s")
-    parser.add_argument("--retries", type=int, default=6, help="of a request that failed; default: %(default)s")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds of one answer; default: %(default)s")
+    parser.add_argument("--retries", type=int, default=6, help="of a failed request; default: %(default)s")
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, help="seconds that one answer may take; default: %(default)s"
+    )
     parser.add_argument(
         "--extra",
         type=json.loads,

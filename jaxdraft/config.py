@@ -49,9 +49,9 @@ class DataConfig:
     eval_fraction: float = 0.01
     """Without eval_path: the share held out, chosen by each sample's digest."""
     eval_rows: int = 64
-    """Held-out rows evaluated at most."""
+    """Largest number of held-out rows to evaluate."""
     row_tokens: int = 4096
-    """Tokens of a packed row, and of a sample at most."""
+    """Tokens of a packed row; the limit of a sample as well."""
     too_long: Literal["truncate", "drop"] = "truncate"
     """What happens to a longer sample; truncation never cuts an image or a video."""
     min_pixels: int | None = None
@@ -59,15 +59,15 @@ class DataConfig:
     max_pixels: int | None = None
     """Largest picture area after resizing; None: the processor's own."""
     video_fps: float | None = None
-    """Frames a second that are taken of a video file; None: the video processor's own, or 2."""
+    """Frames per second that are taken from a video file; None: the video processor's own, or 2."""
     video_max_frames: int | None = None
-    """Frames that are taken of a video file at most; None: the video processor's own."""
+    """Largest number of frames taken from a video file; None: the video processor's own."""
     video_min_pixels: int | None = None
     """Smallest size of a video after resizing, of all its frames (Qwen3-VL, Qwen3.5) or of one (Qwen2.5-VL)."""
     video_max_pixels: int | None = None
     """Largest size of a video after resizing, counted as video_min_pixels."""
     num_workers: int = 0
-    """Processes that tokenise the data; 0: one a core."""
+    """Processes that tokenise the data; 0: one per core."""
     cache_dir: str | None = ".cache/jaxdraft"
     """Where indexes are cached; None: nowhere."""
 
@@ -153,24 +153,24 @@ class BridgeConfig:
     feature_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the features in a slot."""
     python: str | None = None
-    """The bridge's interpreter, of another virtual environment say; None: the trainer's own."""
+    """Python interpreter of the bridge, e.g. that of another virtual environment; None: the trainer's own."""
     sglang_args: dict[str, int | float | bool | str] = field(default_factory=dict)
     """Further SGLang server arguments, name value pairs."""
     verify: bool = False
-    """Compare SGLang's features of a probe batch with transformers' at start, which loads the target a second time
-    (before SGLang does); that they are the layers asked for is always checked."""
+    """At start, also compare SGLang's features of a probe batch with transformers', for which the target is loaded a
+    second time (before SGLang loads it). That the right layers are captured is checked in any case."""
     start_timeout_s: float = 1800.0
-    """Seconds that a bridge may take to start: the index and the target."""
+    """Seconds that a bridge may take to index the data and load the target."""
     hang_timeout_s: float = 4.0
-    """Seconds that a ready bridge may give no sign of life while its process is stopped or sleeps; then it hangs."""
+    """A ready bridge counts as hung after this many seconds without a sign of life, its process stopped or asleep."""
     request_timeout_s: float = 300.0
     """Seconds that filling one slot may take; a bridge that takes longer counts as hung."""
     tensor_parallel: int = 1
-    """Devices that hold one target together, neighbours on one host; each still fills only its own rows."""
+    """Neighbouring devices of a host that hold one target together; each still fills only its own rows."""
     devices: tuple[int, ...] | None = None
     """GPUs that run the target, as nvidia-smi numbers them, for the trainer's devices in turn; None: the same GPUs."""
     restarts: int = 0
-    """How often a bridge that died or hung is started again; training goes on from the same row."""
+    """How often a bridge that died or hung is started again; training continues from the same row."""
     memory_fraction: float | None = None
     """Share of its GPU's memory that a bridge may take, slots included; None: what the trainer leaves free."""
     reader_processes: int | None = None
@@ -237,9 +237,9 @@ class DistributedConfig:
     coordinator_address: str | None = None
     """HOST:PORT of process 0; None: JAX_COORDINATOR_ADDRESS, or detected."""
     num_processes: int | None = None
-    """None: JAX_NUM_PROCESSES, or detected."""
+    """Processes of the run; None: JAX_NUM_PROCESSES, or detected."""
     process_id: int | None = None
-    """None: JAX_PROCESS_ID, or detected."""
+    """Number of this process, from 0; None: JAX_PROCESS_ID, or detected."""
     timeout_s: float = 300.0
     """Seconds that a process may be missing or hung before the run ends."""
 
@@ -268,7 +268,7 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     seed: int = 0
-    """Of the initial weights, the order of the data and the anchors."""
+    """Seed of the initial weights, the order of the data and the anchors."""
     epochs: int = 6
     """Passes over the data."""
     max_steps: int | None = None
@@ -280,7 +280,7 @@ class Config:
     anchors_per_row: int | None = None
     """N: blocks trained in a row; None: 512 for every 3072 tokens."""
     anchor_rule: Literal["head", "pr505"] = "head"
-    """head: blocks may run past a sample's end; pr505: they may not."""
+    """head (SpecForge's): blocks may run past a sample's end; pr505 (its pull request 505): they may not."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the draft's activations; its master weights are float32."""
     attention: Literal["auto", "mosaic", "xla", "reference"] = "auto"
@@ -295,13 +295,13 @@ class Config:
     keep_checkpoints: int = 3
     """Latest checkpoints kept, beside the first and the best."""
     max_bad_batches: int = 10
-    """The run ends after this many batches with zero or non-finite features, loss or gradient."""
+    """The run ends when more batches than this had zero or non-finite features, loss or gradient."""
     check_first_checkpoint: bool = True
     """Compare the first checkpoint, exported, with the draft in training, and end the run if they differ."""
     num_decode: int = 16
-    """Held-out conversations really decoded at the end; 0: none."""
+    """Held-out conversations that are actually decoded at the end; 0: none."""
     max_new_tokens: int = 512
-    """Tokens that decoding generates at most for a conversation."""
+    """Largest number of tokens that decoding generates for a conversation."""
     fresh: bool = False
     """Start anew where OUTPUT_DIR/NAME has checkpoints already; the old run is moved aside."""
 

@@ -149,7 +149,7 @@ class Arguments:
     format: Form = "dflash"
     """dflash: what z-lab, SpecForge, SGLang and vLLM load; speculators: vLLM's own form."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the written tensors."""
+    """Dtype of the written tensors."""
 
 
 def convert(arguments: Arguments) -> Path:

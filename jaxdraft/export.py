@@ -287,7 +287,7 @@ class Arguments:
     revision: str | None = None
     """Pinned hub revision of --target; None: the run's."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the written tensors."""
+    """Dtype of the written tensors."""
     format: Form = "dflash"
     """dflash: what z-lab, SpecForge, SGLang and vLLM load; speculators: vLLM's own form."""
 

@@ -1,4 +1,6 @@
-"""What a run needs before anything is paid for: `python -m jaxdraft.plan --config NAME --devices N [options]`.
+"""What a run will need, before anything is paid for.
+
+    python -m jaxdraft.plan --config NAME --devices N [options]
 
 Memory of a device, work, time and traffic of a step, disk, hours. Runs on the CPU and reads only the target's
 config.json. What lies in memory before and after a step is computed from the shapes and shardings that training uses,
@@ -301,9 +303,13 @@ def print_plan(console: Console, config: Config, draft: DraftConfig, mesh: Any, 
 def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")
     parser = Parser(prog="python -m jaxdraft.plan", description=__doc__.splitlines()[0])
-    parser.add_argument("--devices", type=int, default=1, help="of the whole run; default: %(default)s")
-    parser.add_argument("--tokens", type=float, metavar="MILLIONS", help="of the training data, for hours")
-    parser.add_argument("--target-params", type=float, default=0.0, metavar="BILLIONS", help="that share the device")
+    parser.add_argument("--devices", type=int, default=1, help="devices of the whole run; default: %(default)s")
+    parser.add_argument(
+        "--tokens", type=float, metavar="MILLIONS", help="tokens of the training data, to estimate hours"
+    )
+    parser.add_argument(
+        "--target-params", type=float, default=0.0, metavar="BILLIONS", help="of a target on the same device"
+    )
     parser.add_argument("--scaling", action="store_true", help="print the projected curve of 1 to 1024 devices")
     for name, field in Machine.__dataclass_fields__.items():
         option, what = f"--{name.replace('_', '-')}", f"{MACHINE_HELP[name]}; default: %(default)s"
