@@ -57,7 +57,7 @@ def test_help_lists_every_field_with_type_default_and_a_line():
                 assert f"--{prefix}{field.name}".replace("_", "-") in text, field.name
 
     check(Config)
-    assert "--data.row-tokens INT Tokens of a packed row, and of a sample at most. (default: 4096)" in text
+    assert "--data.row-tokens INT Tokens of a packed row; the limit of a sample as well. (default: 4096)" in text
     assert "--name STR Name of the run" in text
     assert "qwen3_8b.py" in text  # what --config may be
     assert str(CONFIGS_DIR) not in text
