@@ -105,7 +105,7 @@ def run_blocks(
 
 
 def digest(weight: Tensor) -> str:
-    """Of a tensor's values as little-endian float32; equal to `jaxdraft.check.digest`."""
+    """Of a tensor's values as little-endian float32; equal to `jaxdraft.export.digest`."""
     return hashlib.blake2b(weight.detach().float().cpu().contiguous().numpy().data, digest_size=16).hexdigest()
 
 

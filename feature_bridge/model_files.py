@@ -51,7 +51,7 @@ def find_model(path: str, revision: str | None, *, weights: bool) -> Path:
     except Exception as error:  # many kinds, each of them the same to the user
         raise ValueError(
             f"target.path={path!r} at target.revision={revision!r} is not whole in the hub's cache and could not be "
-            f"downloaded ({type(error).__name__}: {_first_line(error)}); check both, or give a local directory"
+            f"downloaded ({type(error).__name__}: {first_line(error)}); check both, or give a local directory"
         ) from error
 
 
@@ -94,7 +94,7 @@ def open_tensors(file: str | Path, framework: str) -> Iterator[Any]:
     try:
         opened = safe_open(file, framework=framework)
     except (SafetensorError, OSError) as error:
-        why = _first_line(error)
+        why = first_line(error)
         raise ValueError(f"{file} is not a complete safetensors file ({why}); {_remedy(Path(file))}") from error
     with opened as tensors:
         yield tensors
@@ -105,7 +105,7 @@ def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
     except (ValueError, OSError) as error:  # UnicodeDecodeError is a ValueError
-        raise ValueError(f"{file} is not a complete JSON file ({_first_line(error)}); {_remedy(file)}") from error
+        raise ValueError(f"{file} is not a complete JSON file ({first_line(error)}); {_remedy(file)}") from error
 
 
 def read_config(directory: str | Path, field: str = "target.path") -> dict[str, Any]:
@@ -126,5 +126,6 @@ def _remedy(file: Path) -> str:
     return "download it again"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def first_line(error: Exception) -> str:
+    """What an error says in its first line, for a message of one sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

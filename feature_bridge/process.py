@@ -16,7 +16,7 @@ _GIST_BYTES, _GIST_CHARS = 65536, 300
 
 
 class BridgeProcess:
-    """Leader of a session: Ctrl-C in the trainer's terminal does not reach it, and a kill reaches its children."""
+    """Leads a process group: Ctrl-C in the trainer's terminal does not reach it, and a kill reaches its children."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class BridgeProcess:
             return True
 
     def cpu_seconds(self) -> float | None:
-        """That the process has used; None: it runs right now, or waits for a core or a disk."""
+        """Seconds of CPU time that the process has used; None: it runs right now, or waits for a core or a disk."""
         ticks = 0
         for task in Path(f"/proc/{self.pid}/task").glob("*/stat"):
             with contextlib.suppress(OSError):  # a thread that has just ended

@@ -12,6 +12,7 @@ from typing import Any
 from feature_bridge.contracts import DataSpec
 from feature_bridge.cpu_stand_ins import torchvision_ops
 from feature_bridge.media import MediaError
+from feature_bridge.model_files import first_line
 from feature_bridge.video_rules import VideoRules
 
 
@@ -127,7 +128,7 @@ def load_processor(
             loaded = transformers.AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"target.path={path!r} holds no processor or tokenizer that loads ({_first_line(error)})"
+            f"target.path={path!r} holds no processor or tokenizer that loads ({first_line(error)})"
         ) from error
     tokenizer = getattr(loaded, "tokenizer", loaded)
     eos = _eos_token_ids(transformers, path, options) | {tokenizer.eos_token_id} - {None}
@@ -205,7 +206,3 @@ def _eos_token_ids(transformers: Any, path: str, options: dict[str, Any]) -> set
 
 def _token_id(tokenizer: Any, token: str) -> int | None:
     return tokenizer.get_vocab().get(token)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -125,7 +125,7 @@ def serve(connection: wire.Connection, spec: BridgeSpec, worker_path: str) -> No
     for fd in fds:
         os.close(fd)
 
-    waiting: deque[Fill | Decode | None] = deque()
+    waiting: deque[Fill | Decode | Check | None] = deque()
     while True:
         while not waiting or not requests.empty():
             request = requests.get()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from feature_bridge.contracts import TargetInfo, TargetSpec
 from feature_bridge.cpu_stand_ins import torchvision_ops
-from feature_bridge.model_files import read_config
+from feature_bridge.model_files import first_line, read_config
 from feature_bridge.targets.base import (
     Capture,
     Extended,
@@ -48,7 +48,7 @@ def _load_config(spec: TargetSpec, directory: Path) -> Any:
     except (ValueError, KeyError, TypeError, OSError) as error:
         kind = read_config(directory).get("model_type")
         if kind in transformers.CONFIG_MAPPING:
-            why = f"is not a valid config of a {kind} model ({(str(error).splitlines() or [type(error).__name__])[0]})"
+            why = f"is not a valid config of a {kind} model ({first_line(error)})"
         else:
             why = f"has model_type={kind!r}, which is not known; install a release that knows it in the bridge's Python"
         raise ValueError(f"target.path={spec.path!r}: to transformers {transformers.__version__} it {why}") from error

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from feature_bridge.contracts import TargetSpec
+from feature_bridge.model_files import first_line
 from feature_bridge.targets.base import Capture, LayerStates, Request, Target, join
 from feature_bridge.targets.huggingface import HuggingFaceTarget
 from feature_bridge.targets.probe import placeholder_mask, probe_requests
@@ -41,8 +42,9 @@ def reference_states(spec: TargetSpec, directory: Path, max_tokens: int) -> Refe
     try:
         target = HuggingFaceTarget(spec, directory, max_tokens=max_tokens)
     except (ValueError, KeyError, ImportError, torch.OutOfMemoryError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"bridge.verify: transformers cannot load the target ({reason}); set it to false") from error
+        raise ValueError(
+            f"bridge.verify: transformers cannot load the target ({first_line(error)}); set it to false"
+        ) from error
     requests = probe_requests(target, seed=0)
     with (
         LayerStates(target.layers, spec.layer_ids, "layer_output", target.state_of) as outputs,
