@@ -16,8 +16,6 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-STATE = "state"
-
 # What a resume may change (the rest is refused by name): nothing here alters a loss. Paths may move because the index
 # digest says whether the data is the same.
 RESUME_MAY_CHANGE = frozenset({

@@ -198,7 +198,7 @@ def summarise(result: EvalResult, decoded: DecodeResult | None) -> dict[str, Any
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN: None instead."""
+    """Numbers and lists of them as JSON has them: None in place of NaN and infinity."""
     if isinstance(value, (tuple, list)):
         return [finite(element) for element in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,6 +19,7 @@ from feature_bridge.contracts import Filled, FilledRow, Row
 from feature_bridge.memory import Producer
 from jaxdraft.bridges import Bridge, BridgeError, Seat, seats, teams
 from jaxdraft.objective import Batch, batch_shardings
+from jaxdraft.sharding import num_row_groups
 
 
 class Request(Protocol):
@@ -62,7 +63,7 @@ class FeatureStream:
         self._bridges = tuple(bridge) if isinstance(bridge, Sequence) else (bridge,)
         self._mesh = mesh
         self._teams = [seats(None)] if mesh is None else teams(mesh, self._bridges[0].num_ranks)
-        assert len(self._teams) == len(self._bridges), "one rank for each local device"
+        assert len(self._teams) == len(self._bridges), "one bridge for each team of local devices"
         self._requests = iter(requests)
         self._exhausted = False
         self._pending: deque[Request] = deque()  # asked for and not returned
@@ -128,7 +129,7 @@ class FeatureStream:
 
     def _own(self, seat: Seat, num_rows: int) -> slice:
         """The rows of a seat among those of all processes."""
-        groups = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        groups = 1 if self._mesh is None else num_row_groups(self._mesh)
         per_slot = num_rows // groups
         return slice(seat.rows * per_slot, (seat.rows + 1) * per_slot)
 

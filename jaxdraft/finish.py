@@ -55,23 +55,17 @@ def finish(
 
     def export(step: int, directory: Path) -> Path:
         params = checkpoints.restore_raw(step)["params"]  # by all processes; the rest by the first alone
-        return (
-            directory
-            if not is_first()
-            else export_draft(
-                to_tensors(params, draft),
-                draft,
-                target.config,
-                directory,
-                capture=bridge.ready.target.capture,
-                provenance={
-                    "run": config.name,
-                    "step": step,
-                    "target": config.target.path,
-                    "backend": bridge.ready.target.backend,
-                },
-            )
-        )
+        if not is_first():
+            return directory
+        provenance = {
+            "run": config.name,
+            "step": step,
+            "target": config.target.path,
+            "backend": bridge.ready.target.backend,
+        }
+        capture = bridge.ready.target.capture
+        tensors = to_tensors(params, draft)
+        return export_draft(tensors, draft, target.config, directory, capture=capture, provenance=provenance)
 
     exported = export(last, run_dir / "export")
     decodes = result is not None and config.num_decode > 0

@@ -67,6 +67,6 @@ def gib(amount: int) -> str:
 
 
 def num_bytes(tree: Any) -> int:
-    """Of all arrays in it, one that is there twice counted once."""
+    """Bytes of all arrays in a tree; an array that occurs twice counts once."""
     leaves = {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values()
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

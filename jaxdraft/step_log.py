@@ -7,7 +7,6 @@ outputs are ready, and only then gives its slot back to the bridge.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.console import Console
 
 from jaxdraft.config import Config
 from jaxdraft.distributed import is_first
+from jaxdraft.eval_result import finite
 from jaxdraft.features import FeatureStream, Slot
 from jaxdraft.metrics import MetricsLog, ProgressBar
 from jaxdraft.run import Plan
@@ -119,7 +119,7 @@ class StepLog:
     def _write_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         now, waited = time.perf_counter(), self._stream.seconds_waiting
         seconds, waiting = now - self._last_time, waited - self._last_waited
-        line = {name: _plain(metrics[name]) for name in SHOWN} | {
+        line = {name: finite(np.asarray(metrics[name], np.float64).tolist()) for name in SHOWN} | {
             "rows_per_second": self._rows / seconds,
             "tokens_per_second": self._tokens / seconds,
             "seconds": seconds,
@@ -159,14 +159,6 @@ class StepLog:
                 f"max_bad_batches={self._config.max_bad_batches}; the last was step {step}: {what}; "
                 "look at bridge.log, lower optim.learning_rate or raise max_bad_batches"
             )
-
-
-def _plain(value: Any) -> Any:
-    """Numbers and lists for JSON; null where a ratio has nothing to divide by."""
-    if np.ndim(value):
-        return [_plain(element) for element in np.asarray(value)]
-    number = float(value)
-    return number if math.isfinite(number) else None
 
 
 def _read_skips(file: Path) -> dict[str, str]:
