@@ -49,6 +49,7 @@ from jaxdraft.parity import (
     field_difference,
     tensor_difference,
 )
+from jaxdraft.report import say
 from jaxdraft.run import Request
 from jaxdraft.target import TargetModel, open_target
 from jaxdraft.tau_table import MODALITIES
@@ -68,8 +69,10 @@ def trained_config(directory: str | Path) -> DraftConfig:
     return msgspec.convert(about["draft"], DraftConfig)
 
 
-def check_directory(directory: str | Path, target_config: Mapping[str, Any]) -> tuple[Verdict, Params | None, Any]:
-    """The files by themselves: a verdict, the parameters (None: they cannot be loaded) and the trained config."""
+def check_directory(
+    directory: str | Path, target_config: Mapping[str, Any]
+) -> tuple[Verdict, Params | None, DraftConfig | None]:
+    """The files by themselves: a verdict, the parameters and the trained config; None where they cannot be loaded."""
     draft, difference = None, ""
     try:
         draft = trained_config(directory)
@@ -202,7 +205,7 @@ def print_verdicts(console: Console, title: str, verdicts: Sequence[Verdict]) ->
     console.print(table)
     for v in verdicts:
         if v.note:
-            console.print(f"{v.system}: {v.note}", highlight=False, soft_wrap=True)
+            say(console, f"{v.system}: {v.note}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -216,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_verdicts(console, f"{own.draft} in every system", verdicts)
     failed = [v for v in verdicts if v.failed]
     for v in failed:
-        console.print(f"{v.system} {v.status}: {v.difference}", highlight=False, soft_wrap=True)
+        say(console, f"{v.system} {v.status}: {v.difference}")
     return int(bool(failed))
 
 

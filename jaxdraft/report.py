@@ -17,9 +17,14 @@ from jaxdraft.parity import Verdict
 from jaxdraft.run import Plan
 
 
+def say(console: Console, line: str) -> None:
+    """One line as it is: no colours for its numbers, and wrapped by the terminal alone."""
+    console.print(line, highlight=False, soft_wrap=True)
+
+
 def print_bridge_start(console: Console, config: Config, log: Path) -> None:
     where = "in this process" if config.bridge.transport == "in_process" else f"log: {log}"
-    console.print(f"starting the bridge: index, then target ({where}) ...", highlight=False, soft_wrap=True)
+    say(console, f"starting the bridge: index, then target ({where}) ...")
 
 
 def print_start(console: Console, config: Config, draft: DraftConfig, ready: Any) -> None:
@@ -28,20 +33,18 @@ def print_start(console: Console, config: Config, draft: DraftConfig, ready: Any
     attention = config.attention
     if attention == "auto":
         attention = attention_choice(config.compute_dtype, draft.head_dim, alone=True)
-    console.print(
+    say(
+        console,
         f"target  {config.target.path}: {target.num_layers} layers, hidden {target.hidden_size}, "
         f"vocabulary {target.vocab_size}; {target.backend}, {config.target.dtype}",
-        highlight=False,
-        soft_wrap=True,
     )
     for stand_in in target.stand_ins:
-        console.print(f"        stand-in on this CPU: {stand_in}", highlight=False, soft_wrap=True)
-    console.print(
+        say(console, f"        stand-in on this CPU: {stand_in}")
+    say(
+        console,
         f"draft   {draft.num_layers} layers, {draft.num_heads}/{draft.num_kv_heads} heads, block {draft.block_size}; "
         f"reads the target's layers {list(draft.target_layer_ids)} ({target.capture}), mask {draft.mask_token_id}; "
         f"attention {attention}",
-        highlight=False,
-        soft_wrap=True,
     )
     table = Table(title="data", title_justify="left")
     table.add_column("")
@@ -55,42 +58,37 @@ def print_start(console: Console, config: Config, draft: DraftConfig, ready: Any
     for split in splits:
         skipped = ready.indexes[split].skipped
         for skip in skipped[:5]:
-            console.print(f"skipped {skip.where}: {skip.reason}", highlight=False, soft_wrap=True)
+            say(console, f"skipped {skip.where}: {skip.reason}")
         if len(skipped) > 5:
-            console.print(
-                f"... and {len(skipped) - 5} more of {split}, all in skipped.jsonl", highlight=False, soft_wrap=True
-            )
+            say(console, f"... and {len(skipped) - 5} more of {split}, all in skipped.jsonl")
 
 
 def print_plan(console: Console, plan: Plan) -> None:
     schedule = plan.schedule
-    console.print(
+    say(
+        console,
         f"plan    {len(schedule.lengths):,} samples in {len(schedule.rows) // schedule.epochs:,} rows of "
         f"{schedule.row_tokens} tokens ({schedule.fill:.1%} in use), {schedule.epochs} epochs, "
         f"{plan.total_steps:,} steps of {plan.rows_per_step} rows; "
         f"{len(plan.eval_rows)} held-out rows",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
 def print_evaluation(console: Console, step: int, result: EvalResult, best_tau: float | None) -> None:
     """The held-out rows at a step; `best_tau`: the highest of an earlier checkpoint, by which the best one is kept."""
     best = "  (best)" if result.tau >= (best_tau or 0.0) else ""
-    console.print(
+    say(
+        console,
         f"step {step}: held-out loss {result.loss:.3f}  tau {result.tau:.2f}  replayed {result.tau_replay:.2f}{best}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
 def print_check(console: Console, step: int, same: Verdict) -> None:
     """What `check.check_first` found."""
-    console.print(
+    say(
+        console,
         f"step {step}: the first checkpoint's export is the draft in training: {same.same_blocks} of {same.blocks} "
         f"blocks the same, {same.near_ties} nearly tied, logits within {same.error:.0e}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
@@ -100,8 +98,8 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     which = f"step {last}"
     if best not in (None, last):
         which += f", the last; `python -m jaxdraft.export` takes the best evaluated one, step {best}"
-    console.print(f"checkpoint  {summary['checkpoint']}", highlight=False, soft_wrap=True)
-    console.print(f"export      {summary['export']} ({which})", highlight=False, soft_wrap=True)
+    say(console, f"checkpoint  {summary['checkpoint']}")
+    say(console, f"export      {summary['export']} ({which})")
     if "tau_teacher_forced" not in summary:
         console.print("no held-out data: nothing was evaluated; set data.eval_path or data.eval_fraction")
         return
@@ -122,4 +120,4 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         verdict = (
             "token for token the target's own greedy output" if summary["lossless"] else "NOT the target's own output"
         )
-        console.print(f"decoded output: {verdict}", highlight=False, soft_wrap=True)
+        say(console, f"decoded output: {verdict}")

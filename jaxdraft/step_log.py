@@ -21,6 +21,7 @@ from jaxdraft.distributed import is_first
 from jaxdraft.eval_result import finite
 from jaxdraft.features import FeatureStream, Slot
 from jaxdraft.metrics import MetricsLog, ProgressBar
+from jaxdraft.report import say
 from jaxdraft.run import Plan
 
 SHOWN = ("loss", "accuracy", "slot_accuracy", "tau", "accept_len", "learning_rate", "grad_norm")
@@ -144,7 +145,7 @@ class StepLog:
                 self._skipped[skip.where] = skip.reason
                 file.write(json.dumps({"where": skip.where, "reason": skip.reason}) + "\n")
                 if show:
-                    self._console.print(f"skipped {skip.where}: {skip.reason}", highlight=False, soft_wrap=True)
+                    say(self._console, f"skipped {skip.where}: {skip.reason}")
 
     def _note_bad_batch(self, step: int, metrics: Mapping[str, Any], slot: Slot) -> None:
         if not metrics["bad_batch"]:
@@ -152,7 +153,7 @@ class StepLog:
         self.bad_batches += 1
         rows = [row_id for (row_id, _), bad in zip(slot.planned, metrics["bad_rows"], strict=True) if bad]
         what = f"zero or non-finite features in rows {rows}" if rows else "a non-finite loss or gradient"
-        self._console.print(f"step {step}: {what}; this batch changed nothing", highlight=False, soft_wrap=True)
+        say(self._console, f"step {step}: {what}; this batch changed nothing")
         if self.bad_batches > self._config.max_bad_batches:
             raise ValueError(
                 f"{self.bad_batches} batches with zero or non-finite features, loss or gradient, more than "

@@ -146,6 +146,12 @@ def train(config: Config, console: Console) -> int:
         eval_step = make_eval_step(draft, config.loss, options, frozen, mesh=mesh)
         stream = FeatureStream(bridges, plan.requests(first_step, evaluate_first=overdue), mesh)
         vote = distributed.Vote(mesh)
+
+        def evaluate(slots: FeatureStream) -> EvalResult:
+            """The held-out rows, which come next in `slots`, with the draft as it would be served."""
+            served = as_served(state.params)
+            return evaluate_batches(eval_step, served, slots, len(plan.eval_requests), draft.block_size, config.loss)
+
         result: EvalResult | None = None
         # The first checkpoint is compared with its own export, on samples of its last batch.
         unchecked = config.check_first_checkpoint and checkpoints.latest is None and jax.process_count() == 1
@@ -170,17 +176,14 @@ def train(config: Config, console: Console) -> int:
                     if unchecked and plan.keeps_after(step):
                         conversations = conversations_of(slot, ("a first sample", "a second sample"), num_anchors=4)
                     log.push(step, metrics, slot)  # writes the step before this one, and releases its slot
-                if evaluate := plan.evaluates_after(step):
+                if evaluated := plan.evaluates_after(step):
                     log.settle()
-                    served = as_served(state.params)
-                    result = evaluate_batches(
-                        eval_step, served, stream, len(plan.eval_requests), draft.block_size, config.loss
-                    )
+                    result = evaluate(stream)
                     log.write(step, "eval", result.metrics())
                     report.print_evaluation(console, step, result, checkpoints.best_tau)
                 stopping = vote.largest(stop.number)
-                if evaluate or plan.saves_after(step) or stopping:
-                    checkpoints.save(step, state.saved(), meta, tau=finite(result.tau) if evaluate else None)
+                if evaluated or plan.saves_after(step) or stopping:
+                    checkpoints.save(step, state.saved(), meta, tau=finite(result.tau) if evaluated else None)
                 if unchecked and conversations:
                     dtype = config.target.dtype
                     same = check_first(state.params, draft, frozen(), conversations, bridge, target, dtype)
@@ -195,9 +198,7 @@ def train(config: Config, console: Console) -> int:
         stop.deferred, stop.outcome = False, "it is trained to its end and saved; the same command finishes it"
 
         if result is None and plan.eval_rows:  # the run was complete already
-            again = FeatureStream(bridges, plan.eval_requests, mesh)
-            served = as_served(state.params)
-            result = evaluate_batches(eval_step, served, again, len(plan.eval_requests), draft.block_size, config.loss)
+            result = evaluate(FeatureStream(bridges, plan.eval_requests, mesh))
         finish(config, console, run_dir, target, draft, bridge, checkpoints, result, log, started)
     return 0
 
@@ -206,7 +207,7 @@ def train(config: Config, console: Console) -> int:
 def saved_on_bridge_error(
     checkpoints: Checkpoints, plan: Plan, log: StepLog, meta: dict[str, Any], trained: Callable[[], SavedState]
 ) -> Iterator[None]:
-    """Saves what is trained before a bridge's death ends the run, whoever notices it; `trained` gives it.
+    """Saves what is trained before the death of a bridge ends the run; `trained` gives the state to save.
 
     Where that step should have been evaluated, a note in the checkpoint's meta makes the resumed run begin with it.
     Only in a run of one process: the others cannot know.
@@ -215,7 +216,7 @@ def saved_on_bridge_error(
         yield
     except BridgeError:
         if jax.process_count() == 1 and (step := int((state := trained()).step)) > 0:
-            # (An evaluated step is saved already, and stays as it is.)
+            # A step that was evaluated is saved already; `save` leaves it as it is.
             due = {"evaluation_due": True} if plan.evaluates_after(step) else {}
             checkpoints.save(step, state, meta | due)
         with contextlib.suppress(BridgeError):
@@ -224,9 +225,9 @@ def saved_on_bridge_error(
 
 
 def between_steps(state: TrainState, counted: Mapping[str, jax.Array]) -> SavedState:
-    """`state` without the micro-batches of an optimizer step that is half done: they are all to be run again.
+    """`state` as it was before an optimizer step that is half done: its micro-batches are all run again on resume.
 
-    They have changed nothing yet but the accumulator, which is not saved, and COUNTS: these were `counted` before.
+    So far they have changed only the accumulator, which is not saved, and COUNTS, whose earlier values are `counted`.
     """
     half_done = state.accumulator is not None and state.accumulator.micro > 0
     return dataclasses.replace(state.saved(), **(counted if half_done else {}))
