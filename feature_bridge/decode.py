@@ -1,4 +1,4 @@
-"""Real greedy speculative decoding, to measure a draft, and the target's own greedy decoding beside it.
+"""Real speculative decoding, to measure a draft, and the target's own greedy decoding beside it.
 
     prefill -> the answer's first token, the first anchor
     draft proposes B-1 tokens -> one extend over prompt + answer so far + proposal -> accept the n that the target
@@ -13,28 +13,26 @@ Legend: N conversations, A context tokens = the anchor's position, B block slots
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from feature_bridge.contracts import Decode, Decoded, DecodedSample
+from feature_bridge.generation import Conversation, Generated, block_logits, extend, start
 from feature_bridge.index import Index
 from feature_bridge.processors import Processor
 from feature_bridge.requests import request_of
 from feature_bridge.samples import Sample
+from feature_bridge.sampling import draft_distributions, speculate_sampled
 from feature_bridge.targets.base import Request, Target, placeholder_ids
 from feature_bridge.torch_draft import TorchDraft
 
 
 def decode(target: Target, processor: Processor, index: Index, request: Decode) -> Decoded:
-    """Decode the last turn of held-out conversations with an exported draft, and (greedily) by the target alone.
+    """Decode the last turn of held-out conversations with an exported draft, and, if greedily, by the target alone too.
 
     Raises:
       ValueError: no such draft, or one for other layers.
@@ -47,8 +45,6 @@ def decode(target: Target, processor: Processor, index: Index, request: Decode) 
     prompts = [prompt_of(index.sample(position), processor) for position in request.samples]
     stop = processor.eos_token_ids
     if request.temperature > 0:
-        from feature_bridge.sampling import draft_distributions, speculate_sampled  # which builds upon this module
-
         distributions = draft_distributions(draft, target, request.temperature)
         options = {"temperature": request.temperature, "seed": request.seed}
         generated = speculate_sampled(target, distributions, prompts, stop, request.max_new_tokens, **options)
@@ -81,7 +77,7 @@ def _greedy_once(
 
 
 def prompt_of(sample: Sample, processor: Processor) -> Request:
-    """What the sample's last answer follows: its tokens through the generation prompt, and what they show.
+    """The prompt of the sample's last answer: its tokens through the generation prompt, with their pictures and videos.
 
     Raises MediaError: a picture or video is gone or broken.
     """
@@ -94,44 +90,6 @@ class Proposer(Protocol):
 
     def __call__(self, tokens: list[int], features: Tensor) -> list[int]:
         """B-1 tokens proposed to follow `tokens`, whose last is the anchor, from the features [A, W] before it."""
-
-
-@dataclass(frozen=True)
-class Generated:
-    """One answer through its end-of-turn token, and the draft tokens accepted in each verify call."""
-
-    tokens: tuple[int, ...]
-    accept_lens: tuple[int, ...]
-
-
-@dataclass(eq=False)
-class Conversation:
-    """One answer while it is generated."""
-
-    prompt: Request
-    limit: int  # tokens it may generate
-    answer: list[int] = field(default_factory=list)
-    accept_lens: list[int] = field(default_factory=list)
-    features: Tensor | None = None  # of prompt and answer without its last token, the anchor
-    stopped: bool = False
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.prompt.tokens.tolist() + self.answer
-
-    def request(self, tokens: list[int]) -> Request:
-        return dataclasses.replace(self.prompt, tokens=np.asarray(tokens, np.int32))
-
-    def append(self, tokens: list[int], stop: Collection[int]) -> int:
-        """Add generated tokens up to the end of the turn or the limit; how many were added."""
-        added = 0
-        for token in tokens:
-            self.answer.append(token)
-            added += 1
-            self.stopped = token in stop or len(self.answer) == self.limit
-            if self.stopped:
-                break
-        return added
 
 
 def speculate(
@@ -151,21 +109,18 @@ def speculate(
     while active := [c for c in conversations if not c.stopped]:
         proposals = [_usable(propose(c.tokens, c.features), c, placeholders) for c in active]
         requests = [c.request(c.tokens + proposal) for c, proposal in zip(active, proposals, strict=True)]
-        for c, proposal, (features, choices) in zip(
-            active, proposals, _extend(target, requests, [len(p) + 1 for p in proposals]), strict=True
-        ):
+        verified = _extend(target, requests, [len(proposal) + 1 for proposal in proposals])
+        for c, proposal, (features, choices) in zip(active, proposals, verified, strict=True):
             agreed = [drafted == chosen for drafted, chosen in zip(proposal, choices, strict=False)]
             accepted = agreed.index(False) if False in agreed else len(agreed)
-            added = c.append([*proposal[:accepted], choices[accepted]], stop)
-            c.accept_lens.append(min(accepted, added))
-            c.features = features[: len(c.tokens) - 1]
-    return [Generated(tuple(c.answer), tuple(c.accept_lens)) for c in conversations]
+            c.append_verified([*proposal[:accepted], choices[accepted]], accepted, features, stop)
+    return [c.generated for c in conversations]
 
 
 def greedy(
     target: Target, prompts: Sequence[Request], stop: Collection[int], max_new_tokens: int
 ) -> list[tuple[int, ...]]:
-    """The target's own greedy answers, a token an extend, without any draft. Arguments as of `speculate`."""
+    """The target's own greedy answers without a draft, one token for each extend. Arguments as of `speculate`."""
     conversations = start(target, prompts, max_new_tokens)
     stop = placeholder_ids(target.config) | set(stop)
     while active := [c for c in conversations if not c.stopped]:
@@ -187,27 +142,16 @@ def draft_proposer(draft: TorchDraft, target: Target) -> Proposer:
             f"the draft reads layers {list(shape.target_layer_ids)} but target.layer_ids={list(target.layer_ids)}; "
             "start the bridge with the draft's own layers"
         )
-    masks = [shape.mask_token_id] * (shape.block_size - 1)
-    dtype = draft.weights["norm.weight"].dtype
+    logits = block_logits(draft, target)
 
-    @torch.inference_mode()
     def propose(tokens: list[int], features: Tensor) -> list[int]:
-        embedding_bh = target.embed([tokens[-1], *masks]).to(dtype) * shape.input_embedding_scale
-        hidden_bh = draft(embedding_bh, features.to(dtype))
-        return draft.scale_logits(target.logits(hidden_bh[1:])).argmax(-1).tolist()
+        return draft.scale_logits(logits(tokens, features)).argmax(-1).tolist()
 
     return propose
 
 
-def start(target: Target, prompts: Sequence[Request], max_new_tokens: int) -> list[Conversation]:
-    """A conversation a prompt, none of them answered; the target's context is a limit as well."""
-    limits = [min(max_new_tokens, target.max_tokens - len(prompt.tokens)) for prompt in prompts]
-    assert all(limit > 0 for limit in limits), "a prompt fills the target's whole context"
-    return [Conversation(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
-
-
 def _usable(proposal: list[int], conversation: Conversation, placeholders: Collection[int]) -> list[int]:
-    """What of a proposal can be verified: not beyond the limit, and no placeholder, which is never accepted."""
+    """The part of a proposal that can be verified: within the limit, and before any placeholder (never accepted)."""
     wrong = (k for k, token in enumerate(proposal) if token in placeholders)
     return proposal[: min(conversation.limit - len(conversation.answer), next(wrong, len(proposal)))]
 
@@ -219,12 +163,7 @@ def _prefill(target: Target, conversations: list[Conversation], stop: Collection
         c.features = features
 
 
-def _extend(target: Target, requests: list[Request], num_last: list[int]) -> list[tuple[Tensor, list[int]]]:
-    """Per request its features, and the target's greedy choice after each of its last `num_last` tokens."""
-    if not requests:
-        return []
-    extended = target.extend(requests, last_hidden=True)
-    lengths = [len(request.tokens) for request in requests]
-    last = [states[-num:] for states, num in zip(extended.hidden.split(lengths), num_last, strict=True)]
-    choices = target.logits(torch.cat(last)).argmax(-1).split(num_last)
-    return [(f, chosen.tolist()) for f, chosen in zip(extended.features.split(lengths), choices, strict=True)]
+def _extend(target: Target, requests: Sequence[Request], num_last: Sequence[int]) -> list[tuple[Tensor, list[int]]]:
+    """For each request its features, and the target's greedy choice after each of its last `num_last` tokens."""
+    extended = extend(target, requests, num_last, lambda logits: logits.argmax(-1))
+    return [(features, choices.tolist()) for features, choices in extended]

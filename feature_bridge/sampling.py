@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from feature_bridge.decode import Generated, start
+from feature_bridge.generation import Generated, block_logits, extend, start
 from feature_bridge.targets.base import Request, Target, placeholder_ids
 from feature_bridge.torch_draft import TorchDraft
 
@@ -32,18 +32,14 @@ class SamplingProposer(Protocol):
 
 def draft_distributions(draft: TorchDraft, target: Target, temperature: float) -> SamplingProposer:
     """The exported draft's distributions at a temperature. Placeholders of pictures have no probability."""
-    shape = draft.shape
-    masks = [shape.mask_token_id] * (shape.block_size - 1)
-    dtype = draft.weights["norm.weight"].dtype
+    logits = block_logits(draft, target)
     placeholders = sorted(placeholder_ids(target.config))
 
     @torch.inference_mode()
     def propose(tokens: list[int], features: Tensor) -> Tensor:
-        embedding_bh = target.embed([tokens[-1], *masks]).to(dtype) * shape.input_embedding_scale
-        hidden_bh = draft(embedding_bh, features.to(dtype))
-        logits = draft.scale_logits(target.logits(hidden_bh[1:]).float())
-        logits[:, placeholders] = -torch.inf
-        return torch.softmax(logits / temperature, dim=-1)
+        scaled = draft.scale_logits(logits(tokens, features).float())
+        scaled[:, placeholders] = -torch.inf
+        return torch.softmax(scaled / temperature, dim=-1)
 
     return propose
 
@@ -96,10 +92,8 @@ def speculate_sampled(
         verified = _extend(target, requests, [len(p) + 1 for p in proposals], temperature)
         for c, q, proposal, (features, p) in zip(active, drafts, proposals, verified, strict=True):
             accepted, own = accept_or_resample(proposal, q, p, generator)
-            added = c.append([*proposal[:accepted], own], stop)
-            c.accept_lens.append(min(accepted, added))
-            c.features = features[: len(c.tokens) - 1]
-    return [Generated(tuple(c.answer), tuple(c.accept_lens)) for c in conversations]
+            c.append_verified([*proposal[:accepted], own], accepted, features, stop)
+    return [c.generated for c in conversations]
 
 
 def _draw(weights: Float[Tensor, " V"], generator: torch.Generator) -> int:
@@ -107,13 +101,7 @@ def _draw(weights: Float[Tensor, " V"], generator: torch.Generator) -> int:
 
 
 def _extend(
-    target: Target, requests: list[Request], num_last: list[int], temperature: float
+    target: Target, requests: Sequence[Request], num_last: Sequence[int], temperature: float
 ) -> list[tuple[Tensor, Float[Tensor, "n V"]]]:
-    """Per request its features, and the target's distributions after each of its last `num_last` tokens."""
-    if not requests:
-        return []
-    extended = target.extend(requests, last_hidden=True)
-    lengths = [len(request.tokens) for request in requests]
-    last = [states[-num:] for states, num in zip(extended.hidden.split(lengths), num_last, strict=True)]
-    probabilities = torch.softmax(target.logits(torch.cat(last)).float() / temperature, dim=-1).cpu()
-    return list(zip(extended.features.split(lengths), probabilities.split(num_last), strict=True))
+    """For each request its features, and the target's distributions after each of its last `num_last` tokens."""
+    return extend(target, requests, num_last, lambda x: torch.softmax(x.float() / temperature, dim=-1).cpu())
