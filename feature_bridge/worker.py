@@ -7,6 +7,7 @@ Legend: R rows of a slot, S tokens of a row, T tokens of a row in use, K capture
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +35,7 @@ from feature_bridge.contracts import (
     Split,
 )
 from feature_bridge.cuda_ipc import Gpu
+from feature_bridge.feature_checks import find_faults, joined, passed, start_check
 from feature_bridge.gpu_memory import target_budget, weight_bytes
 from feature_bridge.index import build_indexes, format_counts
 from feature_bridge.memory import CPU, CUDA, Producer
@@ -109,17 +111,17 @@ class Worker:
           ValueError: a row does not fit, even once torch has given back the memory that it keeps for later; or the
             target gave features that cannot be true.
         """
-        for last in (self._ranks is not None, True):  # once where the other ranks would not repeat it
-            try:
+        if self._ranks is None:  # ranks of one target do not try again: the others would not repeat the row
+            with contextlib.suppress(torch.OutOfMemoryError):
                 return self._fill(split, rows, slot)
-            except torch.OutOfMemoryError as error:
-                if last:
-                    raise ValueError(
-                        f"the target ran out of GPU memory in rows {[row.row_id for row in rows]}; raise "
-                        "bridge.memory_fraction, or lower trainer.memory_fraction, data.row_tokens or data.max_pixels"
-                    ) from error
             torch.cuda.empty_cache()  # does nothing on a CPU
-        raise AssertionError
+        try:
+            return self._fill(split, rows, slot)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the target ran out of GPU memory in rows {[row.row_id for row in rows]}; raise "
+                "bridge.memory_fraction, or lower trainer.memory_fraction, data.row_tokens or data.max_pixels"
+            ) from error
 
     def _fill(self, split: Split, rows: Sequence[Row], slot: Mapping[str, Producer]) -> tuple[FilledRow, ...]:
         assert len(rows) == self._spec.rows_per_request
@@ -236,13 +238,55 @@ class Worker:
         A sample whose pictures or features are bad is masked out: its tokens stay, nothing is repacked. Everything that
         does not need the target is written before it runs.
         """
+        used = self._write_tokens(row, samples, out)
+        spans = [span for _, span in used]
+        features = self._feature_buffer(out["features"])
+        features_skh = features.zero_().unflatten(-1, (len(self.target.layer_ids), -1))
+        layers = extend(self.target, [sample for sample, _ in used])
+        for span, part in joined(spans):
+            torch.cat([states[part] for states in layers], dim=-1, out=features[span])
+        check = start_check(features_skh, spans)
+        filled = FilledRow(
+            row_id=row.row_id,
+            num_tokens=sum(sample.length for sample in samples),
+            samples=tuple(sample.position for sample, _ in used),
+            skipped=tuple(sample.skip for sample in samples if sample.skip),
+        )
+        self._write_features(features, out["features"])
+        if passed(check):  # waits for the GPU; from here on every microsecond is the trainer's
+            return filled
+
+        faults = find_faults(self.target, features_skh, spans)
+        if len(used) > 1 and all(faults):
+            names = _names([sample for sample, _ in used])
+            raise ValueError(f"samples {names}: {faults[0]}; no sample of this row can be used")
+
+        good, skipped = [], list(filled.skipped)
+        for (sample, span), fault in zip(used, faults, strict=True):
+            if fault is None:
+                good.append(sample.position)
+            else:
+                features[span] = 0
+                out["loss_mask"][span] = 0
+                skipped.append(Skip(where=sample.where, reason=f"sample {sample.sample_id}: {fault}"))
+        self._write_features(features, out["features"])
+        return replace(filled, samples=tuple(good), skipped=tuple(skipped))
+
+    def _write_tokens(
+        self, row: Row, samples: Sequence[Prepared], out: dict[str, Tensor]
+    ) -> list[tuple[Prepared, slice]]:
+        """Writes all of a row but its features. Returns the samples for the target, and where they are in the row.
+
+        Raises:
+          ValueError: the row has too many tokens.
+        """
         row_tokens, num_tokens = self._layout.row_tokens, sum(sample.length for sample in samples)
         if num_tokens > row_tokens:
             raise ValueError(f"row {row.row_id} has {num_tokens} tokens, more than data.row_tokens={row_tokens}")
         tokens, loss_mask = np.zeros(row_tokens, np.int32), np.zeros(row_tokens, np.uint8)
         segment_start = np.full(row_tokens, num_tokens, np.int32)  # the tail is a segment of its own
-        ends = list(accumulate(sample.length for sample in samples))
-        used: list[tuple[Prepared, slice]] = []  # samples for the target, and where they are in the row
+        ends = accumulate(sample.length for sample in samples)
+        used: list[tuple[Prepared, slice]] = []
         for sample, end in zip(samples, ends, strict=True):
             span = slice(end - sample.length, end)
             segment_start[span] = span.start
@@ -256,45 +300,24 @@ class Worker:
             out[name].copy_(_pinned(torch.from_numpy(array)), non_blocking=True)
         out["row_ids"].fill_(row.row_id)
         out["num_tokens"].fill_(num_tokens)
-        place, parts = self._spec.feature_slice
-        # Devices that share a row: each bridge computes it whole, to find the same faults, and writes its own part.
-        # Slots on another GPU than the target: the row is put together here and goes there in one peer copy.
-        staged = parts > 1 or self._spec.slot_gpu != 0
-        features = out["features"]
-        if staged:
-            device = features.device if features.is_cpu else torch.device("cuda", torch.cuda.current_device())
-            features = torch.empty((row_tokens, features.shape[-1]), dtype=features.dtype, device=device)
-        features.zero_()
+        return used
 
-        features_skh = features.unflatten(-1, (len(self.target.layer_ids), -1))
-        layers = extend(self.target, [sample for sample, _ in used])
-        for span, part in _runs([span for _, span in used]):
-            torch.cat([states[part] for states in layers], dim=-1, out=features[span])
-        spans = [span for _, span in used]
-        check = start_check(features_skh, spans)
-        good, skipped = [sample.position for sample, _ in used], [sample.skip for sample in samples if sample.skip]
-        filled = FilledRow(row_id=row.row_id, num_tokens=num_tokens, samples=tuple(good), skipped=tuple(skipped))
-        if staged:
-            out["features"].copy_(features.chunk(parts)[place])
-        if passed(check):  # waits for the GPU; from here on every microsecond is the trainer's
-            return filled
+    def _feature_buffer(self, slot: Float[Tensor, "part W"]) -> Float[Tensor, "S W"]:
+        """Where a row's features are put together: in the slot itself, or beside it and then copied.
 
-        faults = find_faults(self.target, features_skh, spans)
-        if len(used) > 1 and all(faults):
-            names = _names([sample for sample, _ in used])
-            raise ValueError(f"samples {names}: {faults[0]}; no sample of this row can be used")
+        Beside it where devices share a row, for each bridge computes the whole row (to find the same faults) and keeps
+        a part; and where the slots are on another GPU than the target, so that the row goes there in one peer copy.
+        """
+        if self._spec.feature_slice[1] == 1 and self._spec.slot_gpu == 0:
+            return slot
+        device = slot.device if slot.is_cpu else torch.device("cuda", torch.cuda.current_device())
+        return torch.empty((self._layout.row_tokens, slot.shape[-1]), dtype=slot.dtype, device=device)
 
-        good = []
-        for (sample, span), fault in zip(used, faults, strict=True):
-            if fault is None:
-                good.append(sample.position)
-            else:
-                features[span] = 0
-                out["loss_mask"][span] = 0
-                skipped.append(Skip(where=sample.where, reason=f"sample {sample.sample_id}: {fault}"))
-        if staged:
-            out["features"].copy_(features.chunk(parts)[place])
-        return replace(filled, samples=tuple(good), skipped=tuple(skipped))
+    def _write_features(self, features: Float[Tensor, "S W"], slot: Float[Tensor, "part W"]) -> None:
+        """This bridge's part of a row into the slot, where it was put together elsewhere."""
+        if features is not slot:
+            place, parts = self._spec.feature_slice
+            slot.copy_(features.chunk(parts)[place])
 
 
 def extend(target: Target, samples: Sequence[Prepared]) -> tuple[Float[Tensor, "T H"], ...]:
@@ -317,52 +340,9 @@ def extend(target: Target, samples: Sequence[Prepared]) -> tuple[Float[Tensor, "
     return layers
 
 
-def start_check(features: Float[Tensor, "S K H"], spans: Sequence[slice]) -> list[Tensor]:
-    """Smallest and largest peak of a token in a layer, for each run of spans (one, as a rule); nobody waits yet."""
-    if not spans:
-        return []
-    peak_sk = _peaks(features)
-    return [torch.stack(torch.aminmax(peak_sk[run])) for run, _ in _runs(spans)]
-
-
-def passed(check: Sequence[Tensor]) -> bool:
-    """Whether no token's features of a layer are all zero, and all of them are finite."""
-    return all(low > 0 and high < torch.inf for low, high in (peaks.tolist() for peaks in check))  # NaN is neither
-
-
-def find_faults(target: Target, features: Float[Tensor, "S K H"], spans: Sequence[slice]) -> list[str | None]:
-    """What is wrong with the features of each span: not finite, or all zero for a token of a layer."""
-    faults: list[str | None] = []
-    peak_sk = _peaks(features).cpu()
-    for span in spans:
-        peak = peak_sk[span]
-        wrong, what = (~peak.isfinite(), "NaN or infinite") if not peak.isfinite().all() else (peak == 0, "all zero")
-        at = [l for l, column in zip(target.layer_ids, wrong.unbind(1), strict=True) if column.any()]
-        faults.append(f"{what} features of layers {at} from {target.info.backend}" if at else None)
-    return faults
-
-
-def _peaks(features: Float[Tensor, "S K H"]) -> Float[Tensor, "S K"]:
-    return torch.linalg.vector_norm(features, torch.inf, dim=-1)
-
-
 def _pinned(tensor: Tensor | None) -> Tensor | None:
     """In memory that the GPU reads by itself: nobody waits for the copy. (Torch keeps it until the copy is done.)"""
     return tensor if tensor is None or not torch.cuda.is_available() else tensor.pin_memory()
-
-
-def _runs(spans: Sequence[slice]) -> list[tuple[slice, slice]]:
-    """Neighbouring spans joined: (in the row, in an extend over these spans alone)."""
-    joined: list[tuple[slice, slice]] = []
-    taken = 0
-    for span in spans:
-        start, first = span.start, taken
-        if joined and joined[-1][0].stop == span.start:
-            start, first = joined[-1][0].start, joined[-1][1].start
-            joined.pop()
-        taken += span.stop - span.start
-        joined.append((slice(start, span.stop), slice(first, taken)))
-    return joined
 
 
 def _names(samples: Sequence[Prepared]) -> str:
