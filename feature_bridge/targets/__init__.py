@@ -28,50 +28,18 @@ def load_target(spec: BridgeSpec, *, memory_budget: int | None = None) -> Target
         target's context, or features that are not what was asked for.
     """
     directory = resolve_directory(spec.target)
-    text = read_text_config(directory)
-    check_layer_ids(spec.target.layer_ids, text["num_hidden_layers"])
-    check_not_quantised(directory)
-    context = text.get("max_position_embeddings")
-    if context is not None and spec.data.max_length > context:
-        raise ValueError(
-            f"data.max_length={spec.data.max_length} is longer than the target's context of {context} tokens; lower it"
-        )
-
+    _check_model(spec, directory)
     max_tokens = spec.row_tokens + spec.data.max_length  # a row, or a sample and what is decoded after it
-    backend, version = spec.target.backend, sglang_versions.installed_version()
-    if backend == "auto":
-        backend = "sglang" if version is not None else "huggingface"
-        why = "installed" if version is not None else "SGLang is not installed"
-        print(f"target.backend=auto: {backend} ({why})", flush=True)
+    backend, reference = _choose_backend(spec.target.backend), None
     if backend == "sglang":
-        if version is None:
-            raise ValueError(
-                "target.backend='sglang' but SGLang is not installed in the bridge's Python; "
-                "install it or use 'huggingface'"
-            )
-        from feature_bridge.targets.sglang import SGLangTarget
         from feature_bridge.targets.verify import check_against, reference_states
 
-        verify = spec.target.verify and spec.rank.index == 0
-        reference = reference_states(spec.target, directory, max_tokens) if verify else None
-        try:
-            target: Any = SGLangTarget(
-                spec.target, directory, max_tokens=max_tokens, memory_budget=memory_budget, rank=spec.rank
-            )
-        except ValueError as error:
-            if "\n" not in (said := str(error)):
-                raise
-            raise ValueError(f"target.path={spec.target.path!r} in SGLang {version}: {said.splitlines()[0]}") from error
+        if spec.target.verify and spec.rank.index == 0:
+            reference = reference_states(spec.target, directory, max_tokens)
+        target = _load_sglang(spec, directory, max_tokens, memory_budget)
         declared = target.info.capture if target.capture_is_known else None
     else:
-        if spec.rank.count > 1:
-            raise ValueError(
-                f"bridge.tensor_parallel={spec.rank.count} needs SGLang and the target runs in transformers; "
-                "set target.backend='sglang', or bridge.tensor_parallel=1"
-            )
-        from feature_bridge.targets.huggingface import HuggingFaceTarget
-
-        target, reference = HuggingFaceTarget(spec.target, directory, max_tokens=max_tokens), None
+        target = _load_huggingface(spec, directory, max_tokens)
         declared = target.info.capture
     if target.max_tokens < spec.data.max_length:
         raise ValueError(
@@ -85,8 +53,58 @@ def load_target(spec: BridgeSpec, *, memory_budget: int | None = None) -> Target
         shown = ", ".join(f"{kind} {error:.1e}" for kind, error in errors.items())
         print(f"bridge.verify: relative error of {target.info.backend} to {reference.backend}: {shown}", flush=True)
     elif spec.target.verify and backend == "sglang":
-        target.extend(probe_requests(target, seed=0))  # the first rank compares, and none of them runs alone
+        target.extend(probe_requests(target, seed=0))  # rank 0 compares; all ranks have to run what it runs
     return target
+
+
+def _check_model(spec: BridgeSpec, directory: Path) -> None:
+    """Raises ValueError, as `load_target`, for what the model's files alone show to be impossible."""
+    text = read_text_config(directory)
+    check_layer_ids(spec.target.layer_ids, text["num_hidden_layers"])
+    check_not_quantised(directory)
+    context = text.get("max_position_embeddings")
+    if context is not None and spec.data.max_length > context:
+        raise ValueError(
+            f"data.max_length={spec.data.max_length} is longer than the target's context of {context} tokens; lower it"
+        )
+
+
+def _choose_backend(wanted: str) -> str:
+    """ "sglang" or "huggingface". Raises ValueError: SGLang is wanted and not installed."""
+    installed = sglang_versions.installed_version() is not None
+    if wanted == "auto":
+        wanted = "sglang" if installed else "huggingface"
+        print(f"target.backend=auto: {wanted} ({'installed' if installed else 'SGLang is not installed'})", flush=True)
+    if wanted == "sglang" and not installed:
+        raise ValueError(
+            "target.backend='sglang' but SGLang is not installed in the bridge's Python; "
+            "install it or use 'huggingface'"
+        )
+    return wanted
+
+
+def _load_sglang(spec: BridgeSpec, directory: Path, max_tokens: int, memory_budget: int | None) -> Any:
+    from feature_bridge.targets.sglang import SGLangTarget
+
+    try:
+        return SGLangTarget(spec.target, directory, max_tokens=max_tokens, memory_budget=memory_budget, rank=spec.rank)
+    except ValueError as error:
+        first, *more = str(error).split("\n")
+        if not more:  # our own sentence, or one of SGLang's that is as short
+            raise
+        version = sglang_versions.installed_version()
+        raise ValueError(f"target.path={spec.target.path!r} in SGLang {version}: {first}") from error
+
+
+def _load_huggingface(spec: BridgeSpec, directory: Path, max_tokens: int) -> Any:
+    if spec.rank.count > 1:
+        raise ValueError(
+            f"bridge.tensor_parallel={spec.rank.count} needs SGLang and the target runs in transformers; "
+            "set target.backend='sglang', or bridge.tensor_parallel=1"
+        )
+    from feature_bridge.targets.huggingface import HuggingFaceTarget
+
+    return HuggingFaceTarget(spec.target, directory, max_tokens=max_tokens)
 
 
 def resolve_directory(spec: TargetSpec) -> Path:
