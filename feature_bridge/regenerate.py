@@ -18,35 +18,22 @@ import fcntl
 import json
 import math
 import os
-import random
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from feature_bridge import conversations
+from feature_bridge.chat_server import Sampling, Server, ServerError
 from feature_bridge.conversations import Conversation, num_unasked
 from feature_bridge.media import SampleError
 from feature_bridge.media_parts import PartWriter
 from feature_bridge.sources import Source, open_source
 
-RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP status that may pass
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 PROGRESS_S = 10.0
 _REWRITTEN = ("messages", "conversations", "images", "image", "videos", "video")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """What is asked of the server for every answer; part of the journal's identity."""
-
-    model: str
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_tokens: int = 2048
-    extra: dict[str, Any] = field(default_factory=dict)  # more fields of the request
 
 
 @dataclass(frozen=True)
@@ -58,10 +45,6 @@ class Answer:
     content: str = ""
     reasoning: str = ""
     error: str = ""
-
-
-class ServerError(Exception):
-    """The server cannot be used: one sentence."""
 
 
 class Journal:
@@ -228,60 +211,6 @@ def write_output(source: Source, output: Path, journal: Journal, skipped: dict[i
     return counts
 
 
-class Server:
-    """An OpenAI-compatible server. Use as an async context manager."""
-
-    def __init__(self, url: str, sampling: Sampling, *, retries: int, timeout_s: float, api_key: str | None):
-        import httpx
-
-        self._httpx, self._sampling, self._retries = httpx, sampling, retries
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self._client = httpx.AsyncClient(headers=headers, timeout=timeout_s, limits=limits)
-
-    async def __aenter__(self) -> Server:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._client.aclose()
-
-    async def model(self) -> str:
-        """The first model that it serves."""
-        return (await self._request("GET", "/models", None)).json()["data"][0]["id"]
-
-    async def ask(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
-        """The first choice of a chat completion; {"error": ..} for a request that the server will never take."""
-        sampling = self._sampling
-        body = {"model": sampling.model, "messages": messages, "temperature": sampling.temperature}
-        body |= {"top_p": sampling.top_p, "max_tokens": sampling.max_tokens, **sampling.extra}
-        response = await self._request("POST", "/chat/completions", body)
-        if response.status_code != 200:
-            return {"error": f"HTTP {response.status_code}: {' '.join(response.text.split())[:300]}"}
-        return response.json()["choices"][0]
-
-    async def _request(self, method: str, path: str, body: Any) -> Any:
-        """Tries again, each time after a longer wait; raises ServerError when the retries are used up."""
-        for attempt in range(self._retries + 1):
-            try:
-                response = await self._client.request(method, self._url + path, json=body)
-                if response.status_code in (401, 403, 404):
-                    raise ServerError(
-                        f"{self._url}{path} answers HTTP {response.status_code}: check --server and the key"
-                    )
-                if response.status_code not in RETRIED:
-                    return response
-                problem = f"HTTP {response.status_code}"
-            except self._httpx.TransportError as error:
-                problem = f"{type(error).__name__} {error}".strip()
-            if attempt < self._retries:
-                await asyncio.sleep(min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt) * random.uniform(0.5, 1.0))
-        raise ServerError(
-            f"{self._url} did not answer in {self._retries + 1} attempts ({problem}); "
-            "the same command goes on from the last answer"
-        )
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +219,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; --help lists the options\n")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser() -> Parser:
     parser = Parser(prog="python -m jaxdraft.regenerate", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--data", required=True, help="JSONL file or `datasets.save_to_disk` folder")
     parser.add_argument("--output", required=True, type=Path, help="JSONL file to write")
@@ -319,18 +248,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="PATH",
         help="interpreter of the bridge's environment, which does the work; default: this one",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises ValueError: an impossible value, or an output that is there already."""
+    if args.concurrency < 1 or args.max_tokens < 1 or args.retries < 0 or not 0 <= args.temperature < math.inf:
+        raise ValueError("--concurrency and --max-tokens are at least 1, --retries and --temperature at least 0")
+    if not 0 < args.top_p <= 1 or not args.timeout > 0:
+        raise ValueError("--top-p is above 0 and at most 1, --timeout above 0")
+    if not args.server.startswith(("http://", "https://")):
+        raise ValueError(f"--server {args.server} is not a URL; give http://HOST:PORT")
+    if args.output.exists():
+        raise ValueError(f"--output {args.output} is there already; remove it, or give another name")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 2 after an error, 130 after Ctrl-C."""
+    args = make_parser().parse_args(argv)
     problem: BaseException | None = None
     stopped = False
     try:
-        if args.concurrency < 1 or args.max_tokens < 1 or args.retries < 0 or not 0 <= args.temperature < math.inf:
-            raise ValueError("--concurrency and --max-tokens are at least 1, --retries and --temperature at least 0")
-        if not 0 < args.top_p <= 1 or not args.timeout > 0:
-            raise ValueError("--top-p is above 0 and at most 1, --timeout above 0")
-        if not args.server.startswith(("http://", "https://")):
-            raise ValueError(f"--server {args.server} is not a URL; give http://HOST:PORT")
-        if args.output.exists():
-            raise ValueError(f"--output {args.output} is there already; remove it, or give another name")
+        check_arguments(args)
         print(json.dumps(asyncio.run(_run(args))))
     except* (ValueError, ServerError) as errors:
         problem = errors

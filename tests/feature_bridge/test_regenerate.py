@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
-from feature_bridge import regenerate
+from feature_bridge import chat_server, regenerate
 from feature_bridge.conversations import parse
 from feature_bridge.media_parts import PartWriter
 from feature_bridge.sources import JsonlSource
@@ -82,7 +82,7 @@ class FakeServer:
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(regenerate, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(chat_server, "FIRST_WAIT_S", 0.01)
     server = FakeServer()
     yield server
     server.close()
@@ -305,7 +305,7 @@ def test_two_runs_do_not_share_a_journal(tmp_path):
 
 
 def test_a_wrong_address_is_one_sentence(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(regenerate, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(chat_server, "FIRST_WAIT_S", 0.01)
     data = write(tmp_path / "data.jsonl", [{"messages": [user("1"), old()]}])
     command = ["--data", str(data), "--output", str(tmp_path / "o"), "--server", "http://127.0.0.1:9", "--retries", "1"]
     assert regenerate.main(command) == 2
