@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draft_helpers import TINY as DRAFT
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdraft.checkpoint import (
@@ -21,6 +22,7 @@ from jaxdraft.checkpoint import (
     pick_step,
 )
 from jaxdraft.cli import load_config
+from jaxdraft.run import open_run_dir
 from jaxdraft.sharding import MESH_AXES, make_mesh
 
 
@@ -161,6 +163,26 @@ def test_arguments_of_sglang_that_change_what_it_computes_are_refused(name, allo
 def changed(path, value, tree=META):
     head, *rest = path
     return tree | {head: changed(rest, value, tree[head]) if rest else value}
+
+
+def test_fresh_moves_the_old_run_aside(tmp_path):
+    config = dataclasses.replace(load_config("tiny_qwen35vl"), output_dir=str(tmp_path))
+    run_dir = open_run_dir(config, DRAFT)
+    with Checkpoints(run_dir, keep=1) as checkpoints:
+        checkpoints.save(1, state_at(1), as_json({"config": config, "draft": DRAFT}))
+    other = dataclasses.replace(config, seed=5)
+    with pytest.raises(ValueError, match="seed=5 differs from the checkpoint's 0; .*--fresh"):
+        open_run_dir(other, DRAFT)
+    assert load_params(run_dir)[1]["step"] == 1
+    assert load_config(str(run_dir)) == config, "nothing is written where the run is refused"
+
+    assert open_run_dir(dataclasses.replace(other, fresh=True), DRAFT) == run_dir
+    assert load_config(str(run_dir)) == other
+    (old,) = set(tmp_path.iterdir()) - {run_dir}
+    assert old.name.startswith("tiny_qwen35vl.")
+    assert load_params(old)[1]["step"] == 1
+    with pytest.raises(ValueError, match="has no checkpoint"):
+        load_params(run_dir)
 
 
 def test_as_json_equals_what_json_gives_back():
