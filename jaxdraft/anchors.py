@@ -29,7 +29,7 @@ def candidates(
     block_size: int,
     rule: AnchorRule,
 ) -> Bool[Array, " s"]:
-    """Positions that may be anchors.
+    """Positions that may be anchors, by the rule of SpecForge's main branch or of its pull request 505.
 
     head: the token and its successor are supervised and belong to one sample; the block may run past the sample's end.
     pr505: the token is supervised and the whole block lies inside the sample.

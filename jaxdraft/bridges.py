@@ -133,12 +133,12 @@ def open_bridge(
       config: of the run.
       layer_ids: target layers to capture, ascending.
       log_path: file that the bridge process writes its output to; further ranks write to .1, .2, ..
-      team: whose devices will read the slots, one or the ranks of a tensor-parallel target: where they are GPUs, each
-        rank sees its own alone. None: the first local ones.
+      team: the devices that will read the slots, one for each rank of the target; a rank sees only its own GPU. None:
+        the first local devices.
 
     Raises:
       ValueError: the bridge cannot run this config.
-      BridgeError: it cannot run this config, says the bridge itself, or it did not start.
+      BridgeError: the bridge itself refused the config, or did not start.
     """
     team = team or [Seat(device) for device in jax.local_devices()[: config.bridge.tensor_parallel]]
     transport, device = config.bridge.transport, team[0].device

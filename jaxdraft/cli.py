@@ -55,7 +55,7 @@ def known_configs() -> str:
 
 
 def load_config(name: str) -> Config:
-    """A Python file's `get_config()`, or what a run has written down of its own, every field's type checked.
+    """What a Python file's `get_config()` returns, or the config that a run wrote down; every field's type is checked.
 
     Raises:
       ValueError: no such file, no `get_config`, an unknown field, a wrong type or an impossible value; or whatever else
@@ -82,7 +82,7 @@ def load_config(name: str) -> Config:
 
 
 def config_of_json(path: Path) -> Config:
-    """The config that a run wrote into its directory. Raises ValueError: it is none, or of another version of this."""
+    """The config that a run wrote into its directory. Raises ValueError: it is not one, or another version's."""
     written = read_json(path)
     if unknown := _unknown_fields(written, Config):
         raise ValueError(f"{path} is not the config of a run: {unknown} is not a field; give another --config")
@@ -118,7 +118,7 @@ def check_types(config: Config, where: str) -> Config:
 
 
 def _where_it_failed(error: Exception, path: Path) -> str:
-    """`PATH:LINE: what is wrong`, the line that of the config file."""
+    """`PATH:LINE: what is wrong`, with the line of the config file."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     line = frames[-1].lineno if frames else None
     text = " ".join(str(error).split())
@@ -210,7 +210,7 @@ def override(config: Config, argv: Sequence[str], others: Sequence[str] = ()) ->
     """The config with the command line's fields replaced. Raises as `parse_args`.
 
     Args:
-      others: options that there are as well, for a hint at the one that was meant.
+      others: names of further options, to suggest the one that was meant.
     """
     return _tyro(Config, argv, others, default=config)
 

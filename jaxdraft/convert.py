@@ -21,7 +21,7 @@ from jaxdraft.export import Form, check_tensors, export_draft, read_target
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.speculators import OF_THE_TARGET, from_speculators, is_speculators
 
-# Parts of other draft families that this model has not; a config that switches one on is refused by its name.
+# Parts of other draft families that this model lacks; a config that switches one on is refused by its name.
 FOREIGN_FIELDS = ("projector_type", "pure_draft_prefix_len", "shift_label", "selector_rank", "conv_kernel_size")
 
 
@@ -136,7 +136,7 @@ def parse_draft_config(config: Mapping[str, Any]) -> DraftConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Write a draft that is on disk as a directory of another form, checked as an export is."""
+    """Convert a draft on disk into another form, with the checks of an export."""
 
     draft: str
     """Directory of the draft: z-lab's, SpecForge's, SGLang's, speculators' or ours."""

@@ -227,10 +227,10 @@ def wait_for_all(name: str) -> None:
 
 
 class Vote:
-    """The largest number that a process has given: the same answer at the same step on all of them, without waiting.
+    """Finds the largest number that any process gave: all get the same answer at the same step, without waiting.
 
-    A maximum over the devices that runs behind the step it is cast in, and is read a step later. A process that is
-    alone gets its own number at once.
+    The devices compute the maximum after the current step, and it is read one step later. A process that is alone gets
+    its own number at once.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):

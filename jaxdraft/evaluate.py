@@ -83,7 +83,7 @@ def evaluate_batches(
 
 
 class HostRows(NamedTuple):
-    """What of a slot's rows the host looks at; `supervised` only within the tokens in use."""
+    """The part of a slot's rows that the host reads; `supervised` is False beyond the tokens in use."""
 
     tokens: Int[np.ndarray, "R S"]
     segment_start: Int[np.ndarray, "R S"]
@@ -98,7 +98,7 @@ def host_rows(slot: Slot) -> HostRows:
 
 
 class KeptSamples(NamedTuple):
-    """Of a row: as in `feature_bridge.contracts.FilledRow`, which only the process that filled the row has."""
+    """A row's samples, as in `feature_bridge.contracts.FilledRow`, which only the process that filled the row has."""
 
     samples: tuple[int, ...]
 

@@ -1,4 +1,4 @@
-"""A draft on disk beside its target and the held-out data: the start that every measurement of a draft shares."""
+"""A draft on disk with its target and the held-out data: what every measurement of a draft starts from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class HeldOut:
     """A bridge that captures what a draft reads, with the held-out conversations indexed.
 
     Attributes:
-      config: the run's, with the draft's block size; its `draft` part is otherwise not the draft's.
+      config: the run's, with the draft's block size; the rest of its `draft` part may differ from `draft`.
       table: `feature_bridge.contracts.IndexTable` of the held-out split.
     """
 

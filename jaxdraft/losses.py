@@ -202,7 +202,7 @@ def loss_sums(
 
 
 def sums_of_blocks(parts: Sequence[LossSums], config: LossConfig) -> LossSums:
-    """The sums over all blocks from those of some each, of the same rows, whose samples every part has counted."""
+    """Adds parts that have the same rows and different blocks; each part has counted the samples of all rows."""
     total = jax.tree.map(lambda *values: sum(values[1:], values[0]), *parts)
     samples = parts[0].samples
     denominator = total.denominator if config.kind == "dflash" else samples

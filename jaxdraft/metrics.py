@@ -19,8 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def _summary_writer(directory: Path, **options: Any) -> Any:
-    """A `tensorboardX.SummaryWriter` without torch: tensorboardX would import it where it is installed, which takes
-    seconds, to accept its tensors."""
+    """A `tensorboardX.SummaryWriter`. Hides torch from it: importing torch takes seconds, and no tensor is logged."""
     if hidden := "torch" not in sys.modules:
         sys.modules["torch"] = None  # an import of it fails
     try:
@@ -79,7 +78,7 @@ def _cut_back(file: Path, step: int) -> Path:
 
 
 class ProgressBar:
-    """Steps done, loss, tau and rows/s, means of `log_interval` steps; without a terminal a plain line as often."""
+    """Steps done, and averages of `log_interval` steps; without a terminal, a plain line every `log_interval` steps."""
 
     def __init__(self, console: Console, *, total: int, done: int, log_interval: int):
         self._console, self._total, self._log_interval = console, total, log_interval

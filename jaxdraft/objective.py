@@ -119,7 +119,7 @@ def predict(
         softcap=draft.final_logit_softcapping,
         chunk_tokens=head_chunk_tokens,
         head_dtype=loss.head_dtype if training else None,
-        logits_dtype=None if training else "float32",  # two tokens whose logits bfloat16 cannot tell apart
+        logits_dtype=None if training else "float32",  # in bfloat16 different logits may tie
     )
     rows = ("rows",)
     read = labels.supervised if training else labels.inside

@@ -31,9 +31,7 @@ class OptimConfig:
     def __post_init__(self):
         for name in ("learning_rate", "eps"):
             if not getattr(self, name) > 0:
-                raise ValueError(
-                    f"optim.{name}={getattr(self, name)} must be positive; 6e-4 and 1e-8 are the published"
-                )
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be positive; 6e-4 and 1e-8 are published")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"optim.warmup_ratio={self.warmup_ratio} must be in [0, 1]; 0.04 is the published value")
         for name in ("beta1", "beta2"):

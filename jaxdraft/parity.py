@@ -82,7 +82,7 @@ class Verdict:
     """One row of the table.
 
     Attributes:
-      system: whose.
+      system: its name.
       status: "same", "differs", "failed" (it did not load or run), "not installed" or "not run".
       difference: the first thing that differs, by name; empty where nothing does.
       error: of the logits, relative to the largest; None where there are none.
@@ -211,7 +211,7 @@ def _verdict(
     frozen: Frozen,
     conversations: Sequence[Conversation],
 ) -> Verdict:
-    """Of a `feature_bridge.contracts.CheckedSystem`: config fields first, then tensors, then what is computed."""
+    """Compares a `feature_bridge.contracts.CheckedSystem`: config fields, then tensors, then what it computed."""
     verdict = Verdict(system=system.name, status=system.status, note=system.note)
     difference = field_difference(system.fields, draft) or tensor_difference(system.weights, digests, system.fields)
     if system.status != "ran":

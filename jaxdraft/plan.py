@@ -63,7 +63,7 @@ MACHINE_HELP = {
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """Of one device and one optimizer step."""
+    """What one device holds, computes and sends in one optimizer step."""
 
     memory: dict[str, int]
     """Bytes by purpose."""
@@ -126,14 +126,14 @@ def step_options(config: Config) -> StepConfig:
 
 
 def device_bytes(tree: Any) -> int:
-    """Of one device; the same array twice (a tied head) counts once."""
+    """Bytes on one device; an array that occurs twice (a tied head) counts once."""
     leaves = {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values()
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def useful_flop(draft: DraftConfig, *, rows: int, tokens: int, anchors: int) -> float:
-    """Of forward and backward: each product once forward and its backward, attention at its average context of half a
-    row, of the frozen head the input's gradient only. Slot 0 counts like the others."""
+    """Of one forward and backward pass. Attention has an average context of half a row, and the frozen head's backward
+    pass is that of its input alone. Slot 0 counts like the others."""
     h, blocks, context = draft.hidden_size, rows * anchors * draft.block_size, rows * tokens
     q, k = draft.num_heads * draft.head_dim, draft.num_kv_heads * draft.head_dim
     layer = 2 * h * q + 2 * h * k + 3 * h * draft.intermediate_size

@@ -143,7 +143,7 @@ def make_plan(
 
 
 def run_meta(config: Config, draft: DraftConfig, plan: Plan, ready: Any) -> dict[str, Any]:
-    """Goes into every checkpoint; a resume compares it (`checkpoint.check_resume`). `ready`: of the bridge."""
+    """The meta of every checkpoint, which a resume compares (`checkpoint.check_resume`). `ready`: the bridge's."""
     return as_json(
         {
             "config": config,
@@ -160,7 +160,7 @@ def run_meta(config: Config, draft: DraftConfig, plan: Plan, ready: Any) -> dict
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
+    """Writes the file whole or not at all."""
     scratch = file.with_suffix(".tmp")
     scratch.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(scratch, file)

@@ -77,9 +77,9 @@ Axes = Sequence[str | None]
 
 
 def on_mesh(mesh: Mesh | None) -> Callable[[Callable], Callable]:
-    """Decorates a function to be jitted: what `constrain` and `per_device` in it refer to; without a mesh, nothing.
+    """Decorates a function to be jitted with the mesh that `constrain` and `per_device` in it use; None: no mesh.
 
-    (`jax.set_mesh` would go around every call instead.)
+    (`jax.set_mesh` would have to wrap every call instead.)
     """
 
     def decorate(function: Callable) -> Callable:
@@ -144,12 +144,12 @@ def per_device(
 
 
 def frozen_sharding(mesh: Mesh) -> NamedSharding:
-    """Of the frozen embedding and head: over the vocabulary."""
+    """The sharding of the frozen embedding and head: over the vocabulary."""
     return NamedSharding(mesh, ShardingRules().spec(("vocab", None)))
 
 
 def num_row_groups(mesh: Mesh) -> int:
-    """Devices (of a tensor group, groups) that have rows of their own."""
+    """Groups of devices with rows of their own; the devices of a tensor group share theirs."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 

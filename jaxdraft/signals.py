@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run ends at once where nothing has to be saved, else after the step; a second one at once."""
+"""SIGTERM and SIGINT end a run after the current step, or at once if there is nothing to save or on a second signal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAUNCHERS_S = 5.0  # one SIGTERM may come twice: launchers send it to a process 
 
 
 def exit_code(number: int) -> int:
-    """Of a run that signal `number` ended before its end, as shells count: 130 after Ctrl-C, 143 after SIGTERM."""
+    """The exit code of a run that a signal ended early, as shells count: 130 after Ctrl-C, 143 after SIGTERM."""
     return 128 + number
 
 
@@ -29,7 +29,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignal:
-    """Use as a context manager, on the main thread. `number`: of the signal that came, 0 before.
+    """Use as a context manager, on the main thread. `number` is that of the signal received, 0 before.
 
     A thread answers on stderr, and ends the process at the second signal: the main thread may be in XLA's compiler for
     minutes, where Python's own handlers wait.
@@ -38,9 +38,9 @@ class StopSignal:
     def __init__(self) -> None:
         self.number = 0
         self.deferred = False
-        """While training: whoever trains looks at `number`, and saves. Else a signal raises `Stopped`."""
+        """True while training: the loop looks at `number` and saves. Otherwise a signal raises `Stopped`."""
         self.outcome = "nothing was trained yet"
-        """What is left of a run that is stopped where nothing is deferred, for the user."""
+        """What the user is told of a run that is stopped while nothing is deferred."""
 
     @property
     def received(self) -> str | None:

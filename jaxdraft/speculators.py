@@ -120,7 +120,7 @@ def from_speculators(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _target_layers(config: Mapping[str, Any]) -> int:
-    """Its own config does not say how deep the target is: read where it says that the target is."""
+    """The target's depth, which this form leaves out: read from the target's own config.json."""
     name = config["speculators_config"]["verifier"]["name_or_path"]
     file = Path(str(name)) / "config.json"
     if not file.is_file():

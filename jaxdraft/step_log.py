@@ -76,7 +76,7 @@ class StepLog:
 
     @property
     def num_skipped(self) -> int:
-        """Samples left out: when the data was indexed, or later, their picture gone by then."""
+        """Samples left out, when the data was indexed or later (their picture was gone by then)."""
         return len(self._skipped)
 
     @property
@@ -136,7 +136,7 @@ class StepLog:
         self._last_time, self._last_waited = now, waited
 
     def note_skips(self, skips: Iterable[Any], *, show: bool = False) -> None:
-        """Lists samples that were left out in skipped.jsonl, each once."""
+        """Writes the samples that were left out to skipped.jsonl, each once."""
         new = [skip for skip in skips if skip.where not in self._skipped]
         if not new:
             return

@@ -93,7 +93,7 @@ def _calls(answers: Sequence[Answer], anchors: Sequence[np.ndarray], generated: 
 
 
 def modalities(index: Any) -> UInt8[np.ndarray, " samples"]:
-    """Of each sample of a split's index (`feature_bridge.contracts.IndexTable`), which of MODALITIES it is."""
+    """Which of MODALITIES each sample of a split's index (`feature_bridge.contracts.IndexTable`) is."""
     num_images, num_videos = (np.frombuffer(column, np.uint8) for column in (index.num_images, index.num_videos))
     return np.where(num_videos > 0, MODALITIES.index("video"), np.minimum(num_images, 2)).astype(np.uint8)
 
@@ -150,7 +150,7 @@ def span_names(edges: Sequence[int]) -> list[str]:
 
 
 def interval(calls: Calls, *, resamples: int, seed: int) -> tuple[float, float]:
-    """Of the calls' tau, 95 %."""
+    """The 95 % interval of the calls' tau."""
     _, conversation = np.unique(calls.sample, return_inverse=True)
     generated = np.bincount(conversation, calls.generated)
     return bootstrap_ratio(generated, np.bincount(conversation).astype(float), resamples=resamples, seed=seed)

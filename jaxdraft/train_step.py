@@ -111,12 +111,12 @@ class TrainState(SavedState):
         return SavedState(**kept | {"accumulator": None})
 
     def resumed(self, saved: SavedState, options: StepConfig) -> TrainState:
-        """A new run's state, this one, taken to where `saved` was."""
+        """This state of a new run, with what was `saved` in it."""
         kept = {field.name: getattr(saved, field.name) for field in dataclasses.fields(SavedState)}
         return TrainState(**kept | {"accumulator": self.accumulator}).with_copies(options)
 
     def with_copies(self, options: StepConfig) -> TrainState:
-        """With the `narrow` that belongs to its masters."""
+        """The same state, with `narrow` made from its masters."""
         if not options.keep_narrow:
             return self
         copies = narrow_matrices(self.params, options.compute_dtype)
@@ -168,9 +168,11 @@ def state_shardings(
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """`func` is the jitted function, whose first argument is `frozen`; or, where that is callable, what it then gives.
+    """The training step, bound to the frozen matrices.
 
-    (Matrices in a bridge's memory move when the bridge is started again.)
+    Attributes:
+      func: the jitted function (frozen, state, batch, key) -> (state, metrics).
+      frozen: the matrices, or a function that gives them: those in a bridge's memory move when it is restarted.
     """
 
     func: Any
@@ -223,7 +225,7 @@ def make_train_step(
             sums = objective(params, frozen, batch, anchors, valid, training=True).sums
             return sums.numerator, sums
 
-        # Gradients that are summed over devices leave their products in float32.
+        # Gradients that are summed over devices are float32: they are taken with respect to the masters.
         summed = mesh is not None and mesh.size > 1
         assert not (summed and options.keep_narrow)
         if options.keep_narrow:
@@ -269,7 +271,7 @@ def make_eval_step(
 
 
 def narrow_matrices(params: Params, dtype: str) -> Params:
-    """Copies of the masters in `dtype`, vectors apart; gradients with respect to them leave their products in it."""
+    """The masters with all matrices cast to `dtype`; a gradient with respect to a cast matrix has that dtype."""
     return {name: x.astype(dtype) if x.ndim > 1 else x for name, x in params.items()}
 
 

@@ -101,9 +101,7 @@ class DraftConfig:
                     f"draft.{name}={getattr(self, name)} must be at least 1; set it from the target's config"
                 )
         if self.block_size < 2:
-            raise ValueError(
-                f"draft.block_size={self.block_size} predicts nothing; use at least 2 (16 is the published)"
-            )
+            raise ValueError(f"draft.block_size={self.block_size} predicts nothing; use at least 2 (16 is published)")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"draft.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; change one"
@@ -212,7 +210,7 @@ class DFlashDraft(nnx.Module):
           valid: False for blocks that do not exist.
           segment_start: first row index of the sample that each token belongs to.
           implementation: of the attention, see `jaxdraft.ops.block_attention`.
-          predicted_only: leave slot 0 out of the result, and of what only it needs.
+          predicted_only: leave out slot 0, and the work that only slot 0 needs.
         """
         geometry = block_geometry(self.config, anchors, valid, segment_start)
         x_rnbh = block_embeddings.astype(self.dtype)
@@ -303,6 +301,6 @@ def block_input_embeddings(
     """Embeddings of [token[a], MASK] for each block, whose further slots are MASK too; an invalid block is all MASK."""
     anchor_tokens = jnp.where(valid, jnp.take_along_axis(tokens, anchors, axis=1), config.mask_token_id)
     first_rnh = embedding[anchor_tokens]
-    # One MASK row is broadcast, so only n rows a sample are gathered.
+    # MASK's embedding is broadcast, so only the n anchors' embeddings are gathered for each row.
     mask_rnh = jnp.broadcast_to(embedding[config.mask_token_id], first_rnh.shape)
     return jnp.stack([first_rnh, mask_rnh], axis=2)

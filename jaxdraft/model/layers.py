@@ -32,15 +32,15 @@ def norm_scale(dim: int, dtype) -> nnx.Param:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def project(subscripts: str, x: Float[Array, "*x"], weight: Float[Array, "*w"]) -> Float[Array, "*out"]:
-    """einsum(subscripts, x, weight) in x's dtype; the weight's gradient leaves the product in the weight's own dtype.
+    """einsum(subscripts, x, weight) in x's dtype; the weight's gradient is computed in the weight's own dtype.
 
-    A float32 master so gets a float32 gradient, not one that was rounded to bfloat16 and then widened.
+    So a float32 master gets a float32 gradient, not one that was rounded to bfloat16 and widened again.
     """
     return jnp.einsum(subscripts, x, _gathered(subscripts, weight.astype(x.dtype)))
 
 
 def _gathered(subscripts: str, weight):
-    """The weight whole in h, the width that fsdp splits. XLA might send activations instead where they are few."""
+    """The weight, whole along h, which fsdp splits. XLA might otherwise move the activations where they are smaller."""
     letters = subscripts.split("->")[0].split(",")[1]
     return constrain_dims(weight, {letters.index("h"): None})
 
@@ -87,7 +87,7 @@ def apply_rope(x: Float[Array, "*batch heads d"], table: tuple[Array, Array]) ->
 
 
 def fill_slots(x: Float[Array, "r n x *rest"], num_slots: int) -> Float[Array, "r n b *rest"]:
-    """Repeats a block's last slot: at the input all but slot 0 hold MASK, so what precedes positions is computed once.
+    """Repeats a block's last slot. At the input all slots but 0 are MASK, so all before the rotation is computed once.
 
     The gradient of the repeated slot is summed in float32.
     """
@@ -128,7 +128,8 @@ class Attention(nnx.Module):
     """Block attention: queries from the block, keys and values from the target context and the block itself.
 
     The context enters K and V without `input_layernorm`; q_norm and k_norm act per head before the rotation.
-    `context_kv` are its plain projections. Trailing slots of the input that equal the last one may be left out (x).
+    `context_kv` are the context's projected keys and values. The input may have fewer slots than the block (x <= b):
+    its last slot then stands for those that are left out.
     """
 
     def __init__(self, config, *, sliding: bool, rngs: nnx.Rngs, param_dtype):
