@@ -3,7 +3,7 @@
     blocks (a file of the trainer) --> every system: what it understood of config.json, the weights it holds, and the
     hidden states it gives --> a file a system, which the trainer compares with its own (`jaxdraft.check`)
 
-All of them compute in float32, from the target's own embedding: what differs then is a mistake and no rounding.
+All of them compute in float32, from the target's own embedding: so what differs is a mistake, not rounding.
 
 Legend: A context tokens = the anchor's position, B block slots, H hidden size, W feature width, N blocks.
 """
@@ -29,7 +29,7 @@ from feature_bridge.torch_draft import TorchDraft, visible_keys
 
 
 class NotRun(Exception):
-    """A system that is there and cannot run this draft here; says why."""
+    """A system is installed, but cannot run this draft here; says why."""
 
 
 class System(Protocol):
@@ -39,7 +39,7 @@ class System(Protocol):
     fields: dict[str, Any]
 
     def weights(self) -> dict[str, Tensor]:
-        """By exported name; without those that loading never set."""
+        """The weights by exported name, without those that loading never set."""
 
     def __call__(self, embedding_bh: Tensor, features_aw: Tensor) -> Tensor:
         """Hidden states [B, H] of one block; embeddings of [anchor token, MASK, ...], not scaled."""
@@ -105,7 +105,7 @@ def run_blocks(
 
 
 def digest(weight: Tensor) -> str:
-    """Of a tensor's values as little-endian float32; equal to `jaxdraft.export.digest`."""
+    """Digest of a tensor's values as little-endian float32; equal to `jaxdraft.export.digest`."""
     return hashlib.blake2b(weight.detach().float().cpu().contiguous().numpy().data, digest_size=16).hexdigest()
 
 

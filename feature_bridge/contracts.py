@@ -192,8 +192,7 @@ class Release:
 
 @dataclass(frozen=True, kw_only=True)
 class Decode:
-    """Speculative decoding of held-out conversations with an exported draft; greedily, and by the target alone, or
-    sampled."""
+    """Decode held-out conversations with an exported draft: greedily, and by the target alone as well, or sampled."""
 
     request_id: int
     draft_path: str
@@ -378,7 +377,7 @@ class Checked:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """The bridge cannot go on (`request_id` None), or not do one request. `message` is one sentence for the user."""
+    """The bridge cannot go on (`request_id` None), or cannot do one request. `message` is one sentence for the user."""
 
     request_id: int | None
     message: str
@@ -391,7 +390,7 @@ class Ping:
 
 @dataclass(frozen=True, kw_only=True)
 class Pong:
-    """It is, whatever it is doing."""
+    """The bridge is alive, whatever it is doing."""
 
 
 _TO_BRIDGE = (Fill, Release, Decode, Check, Shutdown, Ping)

@@ -19,7 +19,7 @@ from feature_bridge import media, video
 from feature_bridge.media import Media, SampleError
 from feature_bridge.video import Video
 
-# How Qwen's own tools steer a single video's sampling: read, they would be another number of tokens than is counted.
+# How Qwen's own tools sample a single video. They are not supported: a video that has one is refused, not misread.
 _UNREAD = (
     "nframes",
     "min_frames",
@@ -123,7 +123,7 @@ _Piece = str | _Visual | _Slot
 
 
 def num_unasked(messages: Sequence[Mapping[str, Any]]) -> int:
-    """Assistant turns before any other turn: context, which no prompt asks for."""
+    """The number of assistant turns before any other turn. No prompt asks for them: they are context."""
     return len(list(itertools.takewhile(lambda message: message["role"] == "assistant", messages)))
 
 
@@ -193,7 +193,7 @@ def _beside(record: dict[str, Any], kind: str) -> list[_Visual]:
 
 
 def _place(beside: list[_Visual], roles: list[str], contents: list[list[_Piece]]) -> None:
-    """Puts what is given beside the conversation into its places, in `contents`."""
+    """Puts the pictures and videos given beside the conversation into their places in `contents`."""
     unplaced = []
     for kind, name in _NAMES.items():
         given = [visual for visual in beside if visual.kind == kind]
@@ -211,7 +211,7 @@ def _place(beside: list[_Visual], roles: list[str], contents: list[list[_Piece]]
 
 
 def placeholder_count(kind: str, places: int, given: int) -> SampleError:
-    """An error: places for "image"s or "video"s in the text are not as many as were given."""
+    """The error for a text with more or fewer places for "image"s or "video"s than were given."""
     return SampleError(
         f"{kind} placeholder count", f"{kind} placeholder count: {places}, {_NAMES[kind]}s given: {given}"
     )

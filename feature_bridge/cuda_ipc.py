@@ -6,7 +6,7 @@ Neither torch nor jax nor the CUDA toolkit is needed: both have made the device'
 `Gpu` retains, so that their kernels and this memory meet. The allocation is the driver's own (`cuMemAlloc`): a block of
 torch's allocator could move, or, with expandable segments, could not be exported at all.
 
-When streams may touch a slot is said in `memory`.
+Which side may touch a slot when: see `memory`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def require_gpu(who: str) -> None:
 
 
 def find_gpu(uuid: str | None) -> Gpu | None:
-    """The visible GPU of this name, if there is one: its ordinal may differ between processes."""
+    """The visible GPU with this UUID, if there is one: its ordinal may differ between processes."""
     return next((gpu for gpu in map(Gpu, range(num_gpus())) if gpu.uuid == uuid), None)
 
 
@@ -190,7 +190,7 @@ class CudaMemory:
         return slot_arrays(self._layout, address, (CUDA, self._gpu.ordinal))
 
     def close(self) -> None:
-        """Gives the memory back when no kernel of this process uses it any more; its arrays must be gone."""
+        """Waits for this process's kernels and gives the memory back; its arrays must be gone."""
         self._gpu.synchronize()
         (self._gpu.close if self._opened else self._gpu.free)(self.address)
 

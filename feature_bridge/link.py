@@ -16,10 +16,10 @@ from feature_bridge.contracts import BridgeSpec, Failure, Ping, Pong
 from feature_bridge.cuda_ipc import require_gpu
 from feature_bridge.process import BridgeProcess
 
-_POLL_S = 0.1  # how often whoever waits looks whether the process is alive
-_PING_S = 1.0  # how often whoever waits asks it for a sign of life
-_IDLE = 0.2  # of a core: a process that uses less does nothing
-_PEER_EXIT_S = 1.0  # how long after a broken collective the rank that broke it may take to be seen to have ended
+_POLL_S = 0.1  # while waiting: how often to look whether the process is alive
+_PING_S = 1.0  # while waiting: how often to ask for a sign of life
+_IDLE = 0.2  # share of a core: a process that uses less counts as idle
+_PEER_EXIT_S = 1.0  # after a broken collective, how long to wait for the rank that broke it to end
 _EXIT_S = 2.0  # how long a bridge that closed its connection may take to end by itself
 
 
@@ -49,7 +49,7 @@ def launch(
     worker: str | None,
     name: str = "the feature bridge",
 ) -> Link:
-    """Starts a bridge process: it is heard of when its index and its target are there.
+    """Starts a bridge process, which says that it is ready once its index and its target are there.
 
     Arguments and errors are those of `connect`; `name` is for the user.
     """
@@ -113,10 +113,10 @@ class Link:
                 return None
 
     def _silence(self) -> Iterator[None]:
-        """To be advanced all the time that nothing is heard. Asks for signs of life, and raises where there are none.
+        """Advance it while nothing is heard: it asks for signs of life, and raises BridgeError when they do not come.
 
-        One who is late because the machine is busy, or who holds the interpreter's lock and computes, does not hang:
-        silence is that of a process which is stopped, or whose threads all sleep.
+        A bridge that is late because the machine is busy, or because it computes under the interpreter's lock, does not
+        hang. Silence counts only while the process is stopped or all its threads sleep.
         """
         silent, before, pinged, used = 0.0, time.monotonic(), time.monotonic(), self.process.cpu_seconds()
         while silent < self.hang_timeout_s:
@@ -138,7 +138,7 @@ class Link:
         )
 
     def last_words(self) -> BridgeError:
-        """How a process ended that has."""
+        """The error that says how the process ended; only after its end."""
         try:
             while True:
                 self._next(0)
@@ -164,7 +164,7 @@ class Link:
         return BridgeError(f"{self.name} (process {self.process.pid}) {how}", kind="died")
 
     def _cause(self, error: BridgeError) -> BridgeError:
-        """`error`, or what took this process along: a peer that ended without a word, else everybody's words."""
+        """The error to raise: that of the rank that died first where it is known, else what all ranks say."""
         deadline = time.monotonic() + _PEER_EXIT_S
         while self.peers and time.monotonic() < deadline and not any(p.process.has_exited() for p in self.peers):
             time.sleep(_POLL_S)
@@ -177,6 +177,7 @@ class Link:
 
 @contextlib.contextmanager
 def killed_on_error(links: Sequence[Link]) -> Iterator[None]:
+    """Kills the processes of `links` if the block raises."""
     try:
         yield
     except BaseException:

@@ -24,7 +24,7 @@ _EXIF_ORIENTATION = 0x0112
 _LYING = (5, 6, 7, 8)  # orientations that exchange height and width
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # 16 bits a channel; "I": 32, of which files use 16
 _LONGEST_PATH = 4096  # bytes, PATH_MAX of Linux
-_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{200,}={0,2}\s*")  # as long a path without a dot is hardly one
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{200,}={0,2}\s*")  # a path of this length without a dot is unlikely
 _LONGEST_REASON = 300  # characters: a record's own text can be megabytes
 
 
@@ -54,7 +54,7 @@ def resolve(value: Any, folder: Path, what: str = "picture") -> Media:
     """The reference that a record's value means; relative paths are relative to `folder`.
 
     Args:
-        what: it is, for messages.
+        what: "picture", "video" or "frame of a video", for messages.
         value: a path, `file:` URL or data URL; a dict with one of these under `url` or `path`, or with `bytes`
             (OpenAI's `image_url`, and the storage form of a `datasets` Image); or encoded bytes.
 
@@ -164,7 +164,7 @@ def _open(encoded: bytes, name: str) -> Image.Image:
 
 
 def _orientation(picture: Image.Image, name: str) -> Any:
-    """1 to 8, or whatever else the file says."""
+    """EXIF's orientation: 1 to 8, or whatever else the file says."""
     try:
         return picture.getexif().get(_EXIF_ORIENTATION)
     except Exception as error:  # as above
@@ -198,7 +198,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def _decode_base64(text: bytes) -> bytes:
-    """With line breaks or without, in the alphabet of URLs as well, padded or not."""
+    """Decodes base64 with or without line breaks and padding, in the alphabet of URLs too."""
     text = b"".join(text.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
     return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
 

@@ -1,4 +1,4 @@
-"""Pictures and videos as content parts again: of a message to an OpenAI-compatible server, or of a record of data."""
+"""Writes pictures and videos as content parts: for an OpenAI-compatible server, or for a record of a data file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from feature_bridge.video import Video
 class PartWriter:
     """Writes the contents of a conversation's messages, in their order.
 
-    `folder` None: for a server, every picture and video a data URL. Else for a record whose paths are relative to it.
+    Without a `folder` the parts are for a server, and pictures and videos become data URLs. With one they are for a
+    record, whose paths are relative to it.
     """
 
     def __init__(self, conversation: Conversation, folder: Path | None = None):
@@ -25,7 +26,7 @@ class PartWriter:
         self._folder = folder
 
     def content(self, content: Any) -> Any:
-        """Raises MediaError: a picture or video is gone, or a server takes no such one."""
+        """The content of one message. Raises MediaError: a picture or video is gone, or a server cannot take it."""
         return content if isinstance(content, str) else [self._part(part) for part in content]
 
     def _part(self, part: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +52,7 @@ class PartWriter:
 
 
 def data_url(reference: Media, kind: str = "image") -> str:
-    """Raises MediaError: the picture or video is gone, or the picture is none."""
+    """A picture or video as a data URL. Raises MediaError: it is gone, or not a picture."""
     if isinstance(reference, str) and reference.startswith("data:"):
         return reference
     encoded = media.read(reference, "picture" if kind == "image" else kind)

@@ -1,4 +1,4 @@
-"""A model's directory as both sides read it: brought from the hub, its JSON, its safetensors. Neither torch nor jax.
+"""A model's directory, as both sides read it: its download, its JSON, its safetensors. Needs neither torch nor jax.
 
 A file that is missing, cut off or only a Git-LFS pointer is a ValueError with its name and what to do about it.
 """
@@ -56,7 +56,7 @@ def find_model(path: str, revision: str | None, *, weights: bool) -> Path:
 
 
 def is_whole(snapshot: Path, *, weights: bool) -> bool:
-    """Whether a cached snapshot has what is needed; what was read from the hub before may have been a part of it.
+    """Whether a cached snapshot has what is needed; an earlier download may have fetched only a part of it.
 
     The hub's client gives a file its name only once all of it is there.
     """

@@ -1,4 +1,4 @@
-"""What an index that was interrupted had found, so that the next one goes on from there; and a line now and then."""
+"""Keeps what an interrupted index had found, so that the next one continues there; and prints progress lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FIELDS = [field.name for field in dataclasses.fields(Entry)]
 
 
 class ProgressLines:
-    """Prints how far an index is, at most every `every_s` seconds, and nothing of one that is there sooner."""
+    """Prints how far an index is, at most every `every_s` seconds; nothing for one that is done sooner."""
 
     def __init__(self, every_s: float = 5.0, say: Callable[[str], None] = lambda line: print(line, flush=True)):
         self._every_s, self._say = every_s, say
@@ -31,9 +31,9 @@ class ProgressLines:
 
 @contextlib.contextmanager
 def kept(path: Path) -> Iterator[tuple[dict[int, Entry], Keep]]:
-    """(the entries by row that an interrupted index left in `path`, what keeps further ones there).
+    """Yields the entries by row that an interrupted index left in `path`, and a function that keeps further ones there.
 
-    The file is gone at the end, unless that is an error. Whoever comes while another process writes it keeps nothing.
+    The file is removed at the end, unless the block raises. While another process writes the file nothing is kept.
 
     Raises:
         ValueError: it cannot be written.
@@ -66,7 +66,7 @@ def unwritable(path: Path, error: OSError) -> ValueError:
 
 
 def _entries(lines: Iterator[str]) -> dict[int, Entry]:
-    """Of the lines that are whole, and whose pictures are still what they were."""
+    """The entries of all complete lines whose pictures have not changed."""
     entries = {}
     for line in lines:
         with contextlib.suppress(ValueError, TypeError):  # cut short

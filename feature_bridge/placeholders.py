@@ -1,7 +1,8 @@
 """Where the pictures and videos of a conversation stand among its tokens, and how many tokens each has.
 
-A picture is one placeholder token in the rendered text, repeated once that is tokenised. A video's place takes the text
-that the target's own processor writes there (timestamps, and a placeholder for each step of its grid) before it is.
+In the rendered text a picture is one placeholder token, which is repeated after tokenisation. A video's placeholder is
+replaced before tokenisation by the text that the target's own processor writes there (timestamps, and a placeholder for
+each step of its grid).
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def find_placeholders(tokens: np.ndarray, num_images: int, clips: Sequence[Sampl
 def placeholder_repeats(
     num_tokens: int, places: Places, grids: Sequence[Grid], clips: Sequence[Sampled], processor: Processor
 ) -> np.ndarray:
-    """How often each token is to stand: a placeholder as often as its picture or frame has tokens."""
+    """How often each token is repeated: a placeholder as often as its picture or frame has tokens, others once."""
     repeats = np.ones(num_tokens, np.int64)
     repeats[places.pictures] = [processor.num_image_tokens(grid) for grid in grids]
     repeats[places.frames] = [processor.videos.num_tokens_per_step(c.grid) for c in clips for _ in range(c.grid[0])]

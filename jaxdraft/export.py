@@ -263,7 +263,7 @@ def _write_json(file: Path, value: Any) -> None:
 
 
 def digest(tensor: np.ndarray) -> str:
-    """Of a tensor's values as little-endian float32; equal to `feature_bridge.check.digest`."""
+    """Digest of a tensor's values as little-endian float32; equal to `feature_bridge.check.digest`."""
     return hashlib.blake2b(np.ascontiguousarray(tensor, "<f4").data, digest_size=16).hexdigest()
 
 
