@@ -66,6 +66,19 @@ def test_embedding_is_detected_and_tied(tmp_path, key):
     assert head is embedding
 
 
+def test_a_vlm_may_say_in_its_text_config_that_they_are_tied(tmp_path):
+    """And a stale copy of the head beside a tied embedding is not read."""
+    text = TEXT | {"tie_word_embeddings": True}
+    tensors = {"model.language_model.embed_tokens.weight": random_matrix(V, H), "lm_head.weight": random_matrix(V, H)}
+    config = write_target(tmp_path, tensors=tensors, vlm=True, text_config=text)
+    embedding, head = load_frozen(config, open_target(config), jnp.float32)
+    assert head is embedding
+    np.testing.assert_array_equal(embedding, tensors["model.language_model.embed_tokens.weight"])
+    config = write_target(tmp_path, tensors=tensors, vlm=True, text_config=text, tie_word_embeddings=False)
+    _, head = load_frozen(config, open_target(config), jnp.float32)
+    np.testing.assert_array_equal(head, tensors["lm_head.weight"])  # the top level comes first
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_frozen_weights_of_each_family(family, tmp_path):
     """As its own class saves them: names, ties and dtype are the checkpoint's."""
@@ -159,6 +172,9 @@ def test_mask_token_resolution_order(tmp_path):
     assert resolve_mask_token(None, target) == 4  # the only unused id
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": {"content": "t7"}}))
     assert resolve_mask_token(None, target) == 7
+    target = open_target(write_target(tmp_path, tokenizer=[*range(9), V]))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": f"t{V}"}))
+    assert resolve_mask_token(None, target) == 10  # the tokenizer's own is no id of the embedding's
     (tmp_path / "tokenizer_config.json").unlink()
     target = open_target(write_target(tmp_path, tokenizer=range(V)))
     with pytest.raises(ValueError, match="every id"):
