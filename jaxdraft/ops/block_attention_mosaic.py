@@ -33,6 +33,7 @@ from jaxdraft.ops.mosaic_common import (
     free_stored,
     inside,
     multiply_add,
+    multiprocessors,
     run_warpgroups,
     set_accumulator,
     spread,
@@ -227,6 +228,6 @@ def _forward(q, k, v, intervals, options):
             plgpu.SMEM((2, HALF), jnp.float32),
             *staging_for(TILE, q.dtype, options),
         ],
-        grid={"blocks": min(tuning.thread_blocks, r * (t // TILE) * heads)},
+        grid={"blocks": min(tuning.thread_blocks or multiprocessors(), r * (t // TILE) * heads)},
         options=options,
     )(q, k, v, intervals, query_tiles(intervals, TILE))

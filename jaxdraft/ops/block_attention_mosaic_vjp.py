@@ -23,6 +23,7 @@ from jaxdraft.ops.mosaic_common import (
     free_stored,
     inside,
     multiply_add,
+    multiprocessors,
     run_warpgroups,
     set_accumulator,
     smem,
@@ -166,7 +167,7 @@ def backward_q(q, k, v, d_out, out, lse, intervals, options):
             plgpu.SMEM((2, PLAN), jnp.int32),
             *staging_for(HALF, q.dtype, options),
         ],
-        grid={"blocks": min(tuning.thread_blocks, r * (t // TILE) * heads)},
+        grid={"blocks": min(tuning.thread_blocks or multiprocessors(), r * (t // TILE) * heads)},
         options=options,
     )(q, k, v, d_out, out, lse, intervals, query_tiles(intervals, HALF))
 

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from jaxdraft.ops.mosaic_common import LOG2E, ROW, Ring, smem, spread, vector
+from jaxdraft.ops.mosaic_common import LOG2E, ROW, Ring, multiprocessors, smem, spread, vector
 
 LARGEST = 64.0  # nats, 92 bits: sums of 2^18 such weights, times entries of the head, stay in float32
 TOKENS, WIDTH = 128, 64  # of a tile: tokens, and the part of the model width that is multiplied at once
@@ -33,7 +33,7 @@ PART = 64  # columns of the weights that leave a warpgroup at once
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    thread_blocks: int = 132  # the multiprocessors of an H100 or H200 (SXM)
+    thread_blocks: int | None = None  # None: one for each multiprocessor
     stages: int = 4
     columns: int = 256  # of the vocabulary in a tile
 
@@ -167,7 +167,7 @@ def softmax_product(
             smem(stages, columns, WIDTH, dtype=head.dtype),  # in the ring's order, under its barriers
             smem(2, 2, HALF, PART, dtype=hidden.dtype),
         ],
-        grid=(min(tuning.thread_blocks, tiles_t * tiles_v),),
+        grid=(min(tuning.thread_blocks or multiprocessors(), tiles_t * tiles_v),),
         grid_names=("blocks",),
         num_threads=3,
         thread_name="wg",

@@ -22,7 +22,7 @@ ROW, COL = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 class Tuning:
     """Pipeline depths and the split of the work, found by measurement on an H200 (benchmarks/NOTES.md)."""
 
-    thread_blocks: int = 132  # of the two kernels over queries: the multiprocessors of an H100 or H200 (SXM)
+    thread_blocks: int | None = None  # of the two kernels over queries; None: one for each multiprocessor
     forward_stages: int = 2  # tiles of 128 keys
     dq_key_stages: int = 3  # tiles of 64 keys; those of values are free earlier
     dq_value_stages: int = 2
@@ -57,6 +57,11 @@ def call(body, *, out_type, scratch, grid, options):
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({"interpret": plgpu.InterpretGPUParams()} if options.interpret else {}),
     )
+
+
+def multiprocessors() -> int:
+    """Of this process's GPU (132: H100 and H200 with SXM, 114: H100 PCIe); 132 where the kernels are interpreted."""
+    return getattr(jax.local_devices()[0], "core_count", None) or 132
 
 
 class Ring(NamedTuple):
