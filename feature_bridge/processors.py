@@ -1,4 +1,4 @@
-"""The target's own tokenizer, chat template and picture rules, in the few terms that samples need."""
+"""The target's own tokenizer, chat template and picture rules, as far as samples need them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from feature_bridge.video_rules import VideoRules
 class Processor:
     """What turns conversations into a target's inputs.
 
-    The token ids of a text-only target's pictures are None, and so is its image processor; `videos` is None for a
-    target that takes none.
+    For a text-only target the image processor and the token ids of pictures are None; `videos` is None for a target
+    that takes no videos.
     """
 
     tokenizer: Any
@@ -48,7 +48,8 @@ class Processor:
     def image_grid(self, height: int, width: int) -> tuple[int, int, int]:
         """Patches (t, h, w) of a picture of this size in pixels, by the image processor's own resize rule.
 
-        Raises: MediaError: the rule refuses this size.
+        Raises:
+            MediaError: the rule refuses this size.
         """
         rules = self.image_processor
         smart_resize = sys.modules[type(rules).__module__].smart_resize
@@ -72,7 +73,7 @@ class Processor:
         return t * h * w // self.image_processor.merge_size**2
 
     def fingerprint(self) -> str:
-        """Digest of everything here that tokens depend on."""
+        """Digest of all settings that a sample's tokens depend on."""
         parts = (
             self.tokenizer.backend_tokenizer.to_str(),
             self.chat_template,

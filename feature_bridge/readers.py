@@ -1,8 +1,8 @@
-"""Samples read, their pictures and videos decoded and resized: here, or in processes of their own.
+"""Reads samples, and decodes and resizes their pictures and videos: in this process, or in processes of their own.
 
-A sample takes ten milliseconds, half of them under the interpreter's lock. Read by threads of the process that launches
-a target's kernels, microseconds apart, it made a row take twice as long (benchmarks/NOTES.md): so processes, beside a
-GPU.
+A sample takes ten milliseconds, half of them under the interpreter's lock. Threads of the process that launches the
+target's kernels, microseconds apart, made a row take twice as long (benchmarks/NOTES.md). So beside a GPU samples are
+read by processes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _IGNORED = (signal.SIGTERM, signal.SIGINT)
 
 
 def load(index: Index, position: int) -> Loaded:
-    """Reads a sample and renders its pictures and videos. Raises MemoryError: no other fault stops a run."""
+    """Reads a sample and renders its pictures and videos. Raises only MemoryError: no other fault stops a run."""
     sample = None
     try:
         sample = index.sample(position)
@@ -105,8 +105,8 @@ class Readers:
 
 @contextlib.contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Until `_start` ignores them: what is started meanwhile inherits the mask, and SIGTERM would end it before."""
-    resource_tracker.ensure_running()  # else it is started meanwhile too, and keeps the mask
+    """New processes inherit the mask, so that SIGTERM cannot end them before `_start` ignores it."""
+    resource_tracker.ensure_running()  # or it would be started inside the block, and keep the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
     try:
         yield
@@ -125,7 +125,7 @@ _own: dict[Split, Index] = {}
 
 
 def _start(parent: int, target: TargetSpec, data: DataSpec, indexes: Mapping[Split, Index]) -> None:
-    # It ends with the bridge, however that ends, and not before: a scheduler's SIGTERM is the trainer's affair.
+    # A reader ends with the bridge, however that ends, and not before: a scheduler's SIGTERM is for the trainer.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)

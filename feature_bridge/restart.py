@@ -1,7 +1,7 @@
 """A bridge that is started again when it dies or hangs.
 
-Requests are pure: the new bridge fills the same rows with the same features. So whatever was asked for and not
-answered is asked for again, in the same order, and whoever waits notices nothing but the time.
+Requests are pure: the new bridge fills the same rows with the same features. So all unanswered requests are sent again,
+in the same order, and the caller only has to wait longer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from feature_bridge.contracts import Check, Checked, Decode, Decoded, Filled, Re
 from feature_bridge.memory import Producer
 from feature_bridge.team import Team
 
-_LIFE = 1 << 32  # a generation is the slot's own plus this many for every life of the bridge before
+_LIFE = 1 << 32  # added to a slot's generation for every bridge before this one
 
 
 class RestartingClient(Bridge):
@@ -28,7 +28,7 @@ class RestartingClient(Bridge):
         Args:
           start: starts a bridge, as `client.connect` or `team.connect_team`; called at once, and for every restart.
           restarts: how often at most.
-          say: is given a sentence at every restart, and waits for whatever reads the dead bridge's memory.
+          say: called with a sentence at every restart; has to wait for whatever reads the dead bridge's memory.
         """
         self._start, self._restarts_left, self._say = start, restarts, say
         self.life = 0

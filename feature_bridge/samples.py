@@ -288,7 +288,7 @@ def _tokenise(
 def _cut(
     tokens: np.ndarray, spans: Sequence[Span], video_spans: Sequence[Span], data: DataSpec, processor: Processor
 ) -> int:
-    """How many tokens to keep: at most max_length, none of a picture or a video that does not fit whole."""
+    """How many tokens to keep: at most max_length, and no part of a picture or video that does not fit whole."""
     if len(tokens) <= data.max_length:
         return len(tokens)
     if data.too_long == "drop":

@@ -63,7 +63,7 @@ def scan(
 
     Args:
         known: entries by row, which are not scanned again.
-        keep: is given every other entry as soon as it is there, by any thread, one at a time.
+        keep: called with every other entry as soon as it is there, from any thread, one call at a time.
 
     Raises:
         RuntimeError: a worker process died.
@@ -91,7 +91,7 @@ def scan_row(source: Source, row: int, processor: Processor, data: DataSpec) -> 
     """Reads one record and makes its sample once; its pictures and videos are decoded.
 
     Raises:
-        OSError, MemoryError: of the data file and the machine; what else is wrong is wrong with this one sample.
+        OSError, MemoryError: trouble with the data file or the machine. Any other error is this one sample's.
     """
     where, files = source.where(row), ()
     try:
@@ -117,7 +117,7 @@ def scan_row(source: Source, row: int, processor: Processor, data: DataSpec) -> 
 
 
 def file_state(path: str) -> tuple[str, int, int]:
-    """What tells that a file has changed: (path, bytes, mtime in ns); bytes is -1 where there is none."""
+    """(path, bytes, mtime in ns), by which a changed file is recognised; bytes is -1 for a missing one."""
     try:
         stat = os.stat(path)
     except (OSError, ValueError):

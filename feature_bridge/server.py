@@ -52,7 +52,7 @@ from feature_bridge.weights import share
 DEFAULT_WORKER = "feature_bridge.worker:Worker"
 _PR_SET_PDEATHSIG = 1
 _PARENT_CHECK_S = 0.5
-_SWITCH_S = 0.0002  # the thread that launches kernels gets the interpreter back this soon from those that read pictures
+_SWITCH_S = 0.0002  # after this long, threads that read pictures give the interpreter to the one that launches kernels
 
 
 class Worker(Protocol):
@@ -149,15 +149,15 @@ def serve(connection: wire.Connection, spec: BridgeSpec, worker_path: str) -> No
             traceback.print_exc()
             answer = Failure(request_id=request.request_id, message=describe(error))
         except Exception as error:
-            # A reader that died, a GPU in an error that stays: nothing that comes would fare better. A new bridge may.
+            # A dead reader, or a GPU in a lasting error: later requests would fail too, but a new bridge may work.
             traceback.print_exc()
-            print(describe(error), file=sys.stderr, flush=True)  # in one line, the one that the trainer quotes
+            print(describe(error), file=sys.stderr, flush=True)  # the last line of the log, which the trainer quotes
             os._exit(1)
         connection.send(answer)
 
 
 def _read(connection: wire.Connection, ring: Ring, requests: queue.SimpleQueue) -> None:
-    """The reader thread: lives as long as the trainer does, and not a second longer."""
+    """The reader thread; ends the process when the trainer ends."""
     parent = os.getppid()
     try:
         while os.getppid() == parent:  # a forked child of the trainer may keep the connection open after its death
@@ -191,10 +191,10 @@ def exit_at_once() -> None:
 
 
 def _follow_parent() -> None:
-    """SIGTERM is the kernel's word that the trainer has died; the one a scheduler sends to everybody is ignored.
+    """Lets the kernel send SIGTERM when the trainer dies; one that a scheduler sends to all processes is ignored.
 
-    (A trainer that gets SIGTERM saves, needs its bridge until then, and closes it.) The signal also comes when only the
-    thread that started the bridge ends, hence the look at the parent.
+    (A trainer that gets SIGTERM saves, needs its bridge until then, and closes it.) The kernel's signal also comes when
+    only the thread that started the bridge ends, hence the look at the parent.
     """
     parent = os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: exit_at_once() if os.getppid() != parent else None)

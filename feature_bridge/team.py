@@ -87,7 +87,7 @@ class Team(Bridge):
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Of every rank."""
+        """The process ids of all ranks."""
         return tuple(rank.pid for rank in self._ranks)
 
     @property

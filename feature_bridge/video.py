@@ -68,7 +68,7 @@ def read(video: Video) -> tuple[bytes, ...]:
 
 
 def files(video: Video) -> tuple[Media, ...]:
-    """References of all that is read."""
+    """References of all files of the video."""
     return video.source if isinstance(video.source, tuple) else (video.source,)
 
 
@@ -111,7 +111,7 @@ def inspect(video: Video, contents: Sequence[bytes]) -> Clip:
 
 
 def decode(video: Video, contents: Sequence[bytes], indices: Sequence[int]) -> UInt8[np.ndarray, "F H W 3"]:
-    """Those frames, RGB. `indices` are ascending. Raises MediaError: the video does not decode."""
+    """The frames at these ascending indices, RGB. Raises MediaError: the video does not decode."""
     name = describe(video)
     if isinstance(video.source, tuple):
         frames: list[Any] = [media.decode(contents[i], f"{i} of video {name}") for i in indices]
@@ -142,7 +142,7 @@ def _inspect_animated(encoded: bytes, name: str) -> Clip:
     with _errors(name), Image.open(io.BytesIO(encoded)) as picture:
         shown = []
         for frame in ImageSequence.Iterator(picture):
-            frame.load()  # WebP says only then how long
+            frame.load()  # only then WebP tells the duration
             shown.append(frame.info.get("duration") or _MILLISECONDS)
         return Clip(len(shown), 1000 * len(shown) / sum(shown), picture.height, picture.width)
 

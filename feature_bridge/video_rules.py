@@ -1,4 +1,4 @@
-"""A target's rules for videos: its own processor's sampling, resizing and text, asked without pixels where possible.
+"""A target's rules for videos: its own processor's sampling, resizing and text, without pixels where possible.
 
 Legend: F frames taken, (t, h, w) patch grid: t = F / temporal_patch_size, rounded up.
 """
@@ -19,16 +19,17 @@ from feature_bridge.media import MediaError
 from feature_bridge.video import Clip
 
 DEFAULT_FPS = 2.0  # of the families whose video processor names none, as Qwen's own tools sample for them
-_SMALLEST = (2, 2, 2, 3)  # a video whose content nobody looks at
+_SMALLEST = (2, 2, 2, 3)  # shape of a video whose content is not used
 
 
 class VideoRules:
     """How a target reads videos."""
 
     def __init__(self, loaded: Any, *, fps: float | None = None, max_frames: int | None = None):
-        """Args:
-        loaded: the transformers processor; its `video_processor` has the limits of `size` to use.
-        fps, max_frames: in place of the video processor's own.
+        """
+        Args:
+            loaded: the transformers processor; its `video_processor` has the limits of `size` to use.
+            fps, max_frames: in place of the video processor's own.
 
         Raises:
             ValueError: a video processor of an unknown kind.
@@ -118,7 +119,7 @@ class VideoRules:
 
 
 class _GridOnly:
-    """In place of a video processor: gives a grid for whatever video, and has the real one's settings."""
+    """Stands in for a video processor: gives the same grid for any video, and has the real one's settings."""
 
     def __init__(self, rules: Any, grid: tuple[int, int, int], metadata: Any):
         self._rules, self._grid, self._metadata = rules, grid, metadata

@@ -2,8 +2,8 @@
 
     bridge:  target.frozen() -> producers -> share --CUDA IPC handles--> trainer: MappedWeights -> DLPack producers
 
-They never change and the bridge never frees them, so there are no leases. A mapping ends with its bridge: whoever
-starts another one closes it first, when nothing reads it any more.
+They never change and the bridge never frees them, so they need no leases. A mapping is valid as long as its bridge
+runs: close it, once nothing reads it any more, before another bridge is started.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from feature_bridge.memory import CUDA, Producer
 
 
 def share(transport: str, weights: Callable[[], Mapping[str, Producer]]) -> SharedWeights:
-    """The bridge's side.
+    """The bridge's side: the message that lends them.
 
     Args:
       transport: of the slots.

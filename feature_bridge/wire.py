@@ -22,7 +22,7 @@ import msgspec
 from feature_bridge.contracts import MESSAGES, SCHEMA_VERSION, BridgeSpec
 
 _LENGTH = struct.Struct("<I")
-_MAX_FRAME = 1 << 29  # far above any index; a longer one means that the stream is not ours
+_MAX_FRAME = 1 << 29  # far above any index; a longer one is not our protocol
 _MAX_FDS = 4
 _READ_BYTES = 1 << 16  # a larger buffer is mapped and unmapped by malloc, which costs more than most messages
 _CLASSES = {cls.__name__: cls for cls in MESSAGES}

@@ -49,7 +49,7 @@ from feature_bridge.targets.base import Request, Target
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """One sample of a row, ready for the target; or what is left of it, and why."""
+    """One sample of a row, ready for the target; or what could be read of it, and why not more."""
 
     position: int  # in the split's index
     sample_id: str
@@ -66,7 +66,7 @@ class Worker:
     def __init__(self, spec: BridgeSpec):
         """Index the data, load the target, check its layer contract.
 
-        Raises ValueError, one sentence, for everything that the user can mend.
+        Raises ValueError, one sentence, for everything that the user can repair.
         """
         directory = resolve_directory(spec.target)
         target_spec = replace(spec.target, path=str(directory), revision=None)
@@ -178,7 +178,7 @@ class Worker:
         return producers
 
     def decode(self, request: Decode) -> Decoded:
-        """Greedy decoding of held-out samples, with a draft and without. See `feature_bridge.decode`."""
+        """Decodes held-out samples with a draft, see `feature_bridge.decode`."""
         from feature_bridge.decode import decode
 
         if "eval" not in self.indexes:
@@ -186,7 +186,7 @@ class Worker:
         return decode(self.target, self.processor, self.indexes["eval"], request)
 
     def check(self, request: Check) -> Checked:
-        """What every system that loads a draft computes with it. See `feature_bridge.check`."""
+        """Runs a draft in every system that loads it, see `feature_bridge.check`."""
         from feature_bridge.check import check
 
         return check(self.target, request, rank=self._spec.rank.index)
@@ -341,7 +341,7 @@ def extend(target: Target, samples: Sequence[Prepared]) -> tuple[Float[Tensor, "
 
 
 def _pinned(tensor: Tensor | None) -> Tensor | None:
-    """In memory that the GPU reads by itself: nobody waits for the copy. (Torch keeps it until the copy is done.)"""
+    """The tensor in pinned memory, from which a copy to the GPU needs no wait. (Torch keeps it until that is done.)"""
     return tensor if tensor is None or not torch.cuda.is_available() else tensor.pin_memory()
 
 

@@ -1,4 +1,4 @@
-"""What a frozen target is to the bridge: requests in, the hidden states of the captured layers out.
+"""A frozen target as the bridge uses it: requests in, the hidden states of the captured layers out.
 
 Legend: N requests, T tokens of them all together, K captured layers, H the target's hidden size, V its vocabulary.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from feature_bridge.contracts import TargetInfo
 
 Capture = Literal["layer_output", "next_layer_input"]
-# From a layer's hidden states, the residual beside them, and the layer's arguments by name: the state of its stream.
+# (hidden states of a layer, the residual beside them, the layer's arguments by name) -> the residual stream's state
 StateOf = Callable[[Tensor, Any, Mapping[str, Any]], Tensor]
 
 
@@ -44,14 +44,14 @@ class Request:
     video_values: Float[Tensor, "patches patch_dim"] | None = None  # the videos' patches
     video_grids: tuple[Grid, ...] = ()
     seconds_per_step: tuple[float, ...] = ()  # of each video, from one of its grid's t steps to the next
-    prepared: Any = None  # by `Target.prepare`: the target's own, and only its own
+    prepared: Any = None  # what `Target.prepare` computed; only that target reads it
 
 
 @dataclass(frozen=True, eq=False)
 class Extended:
     """Captured states of the requests' tokens, in the requests' order; layers in id order."""
 
-    captured: Float[Tensor, "T K*H"] | tuple[Float[Tensor, "T H"], ...]  # as the target has them: one copy is saved
+    captured: Float[Tensor, "T K*H"] | tuple[Float[Tensor, "T H"], ...]  # whichever the target has, to save a copy
     hidden: Float[Tensor, "T H"] | None  # after the final norm; only when asked for
 
     @property
@@ -215,12 +215,12 @@ def _extremes(tokens: np.ndarray) -> str:
 
 
 def plain_state(hidden: Tensor, residual: Any, given: Mapping[str, Any]) -> Tensor:
-    """What a layer's stream holds: hidden + residual, or hidden alone where the layer has added the residual itself."""
+    """The residual stream: hidden + residual, or hidden alone where the layer has added the residual itself."""
     return hidden + residual if isinstance(residual, Tensor) else hidden.clone()
 
 
 class LayerStates:
-    """Forward hooks on decoder layers that keep what a layer gives (or the next one gets) while the object is entered.
+    """Context manager with hooks on decoder layers, which keep each layer's output (or the next layer's input).
 
     `states[l]` is the list of the calls' states, each [tokens, H], copied: later code may add to an output in place.
     """

@@ -1,7 +1,7 @@
 """The layer contract, checked before a run: captured features are what the target's own layers give.
 
-A capture that is shifted by a layer, zero, or blind to pictures trains a draft that is merely bad, and says nothing.
-So a small batch (a text, and a picture where the target sees) is captured while forward hooks watch every layer.
+A capture that is shifted by a layer, zero, or blind to pictures raises no error: the draft is only bad. So a small
+batch (a text, and a picture if the target takes pictures) is captured while forward hooks watch every layer.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _check_values(captured: dict[int, Tensor], target: Target) -> None:
 
 
 def _check_pictures(target: Target, requests: list[Request], features: Tensor) -> None:
-    """Another picture must give other features, and the first one again the same: no stale embedding, no text one."""
+    """Another picture must give other features, and the first picture again the same ones."""
     if len(requests) == 1:
         return
     others = probe_requests(target, seed=1)

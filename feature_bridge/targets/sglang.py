@@ -25,13 +25,13 @@ from feature_bridge.targets import sglang_versions as versions
 from feature_bridge.targets import sglang_visuals as visuals
 from feature_bridge.targets.base import Extended, Request, has_deepstack, join, text_config
 
-MAX_REQUESTS = 32  # of one extend; a row of more samples takes several. State memory of linear attention grows with it
+MAX_REQUESTS = 32  # in one extend; a row of more samples takes several. Linear attention's state memory grows with it
 # Triton compiles SGLang's norm of queries and keys anew for every number of tokens: 0.1 s with an idle GPU. So extends
 # are filled up to one of few lengths, by a request of its own at the end whose states nobody sees.
 TOKENS_MULTIPLE = {"cpu": 1, "cuda": 512}
 _ALONE = Rank()
-# What SGLang wants beside a tower: its key has the company (`sglang_visuals`), so an embedding is found again only
-# where the same pictures come together again, as in the conversations that are decoded.
+# SGLang needs this cache for a vision tower. An embedding is found again only where the same pictures come together
+# again (`sglang_visuals.company_of`), as in the conversations that are decoded.
 EMBEDDING_CACHE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 
 
@@ -173,7 +173,7 @@ class SGLangTarget:
         return Extended(captured, hidden[:num_tokens].clone() if last_hidden else None)
 
     def _keep_states(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The logits processor is given the states of all tokens: captured ones, and the last after its norm."""
+        """Keeps what the logits processor gets: all tokens' captured states, and their states after the final norm."""
         names = ("input_ids", "hidden_states", "lm_head", "logits_metadata", "aux_hidden_states")
         self._seen.update(dict(zip(names, args, strict=False)) | kwargs)
 

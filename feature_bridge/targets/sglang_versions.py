@@ -26,7 +26,7 @@ from feature_bridge.targets.base import Capture, plain_state
 
 @dataclass(frozen=True)
 class Release:
-    """What the code cannot see by looking at a release."""
+    """What cannot be found out from a release's signatures."""
 
     # What a captured state means where deepstack adds to the hidden states between layers. None: not known.
     deepstack_capture: Capture | None
@@ -58,7 +58,7 @@ def installed_version() -> str | None:
 
 
 def is_known(version: str) -> bool:
-    """Whether this was run with that release."""
+    """Whether this code was run with that release."""
     return _base(version) in RELEASES
 
 
@@ -116,7 +116,7 @@ def _register_configs_once() -> None:
 
 @contextlib.contextmanager
 def quiet_start() -> Iterator[None]:
-    """Without what SGLang says about models and kernels that this machine could not run and nobody asked for."""
+    """Hides what SGLang says about models and kernels that this machine cannot run and nobody asked for."""
     registry = logging.getLogger("sglang.srt.models.registry")
     level = registry.level
     registry.setLevel(logging.ERROR)

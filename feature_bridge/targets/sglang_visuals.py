@@ -2,8 +2,9 @@
 
 Each picture or video is one item, hashed by kind, pixels and grid: so SGLang's cache of embeddings never gives one
 picture's embedding to another. All pictures of an extend go through the vision tower in one run (`Tower`), for its
-launches take longer than its work. A picture's embedding then depends in its last bits on its company, so that is in
-the hash too, and an extend's features are a function of its requests alone, whatever the cache holds.
+launches take longer than its work. The last bits of a picture's embedding then depend on the other pictures of the
+extend (its company). So the company is part of the hash, and an extend's features depend on its requests alone,
+whatever the cache holds.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Visual:
 
 @dataclass(frozen=True, eq=False)
 class Visuals:
-    """What can be worked out of a request ahead of its extend. Without pictures and videos there are no positions."""
+    """What is computed from a request ahead of its extend; no positions if it has no pictures or videos."""
 
     items: tuple[Visual, ...]
     positions: Int64[Tensor, "3 T"] | None = None
@@ -74,7 +75,7 @@ def find(request: Request, config: Any, max_tokens: int) -> Visuals:
 
 
 def company_of(extend: Sequence[Visuals]) -> int:
-    """64 bits that tell an extend's pictures and videos, in their order, from others."""
+    """A 64-bit hash of all pictures and videos of an extend, in their order."""
     hashes = [visual.hash for visuals in extend for visual in visuals.items]
     return int.from_bytes(hashlib.blake2b(repr(hashes).encode(), digest_size=8).digest(), "little")
 

@@ -90,6 +90,6 @@ def check_against(target: Target, reference: Reference, dtype: str) -> dict[str,
 
 
 def _relative_errors(a: Tensor, b: Tensor) -> Tensor:
-    """Of each token [n]."""
+    """|a - b| / |b| of each token, [n]."""
     a, b = a.float(), b.float()
     return (a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-12)
