@@ -285,6 +285,9 @@ def test_reads_old_and_new_config_forms():
     assert parse_draft_config(new) == dataclasses.replace(CONFIG, output_multiplier=0.5, is_causal=True)
     new["final_logit_softcapping"] = 0.0  # z-lab: not positive means none
     assert parse_draft_config(new).final_logit_softcapping is None
+    scalars = {"input_embedding_scale": 3.0, "output_multiplier": 0.25, "final_logit_softcapping": 30.0}
+    for scaled in ({**old, **scalars}, {**old, "dflash_config": {**old["dflash_config"], **scalars}}):
+        assert parse_draft_config(scaled) == dataclasses.replace(CONFIG, **scalars)
 
 
 @pytest.mark.parametrize(

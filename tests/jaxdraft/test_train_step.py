@@ -198,6 +198,19 @@ def test_zero_features_of_unsupervised_tokens_and_padding_are_healthy(batch):
     np.testing.assert_array_equal(unhealthy_rows(still_supervised, CONFIG.hidden_size), [False, True, False, False])
 
 
+def test_features_that_are_not_finite_are_bad_wherever_a_token_is(batch):
+    """An unsupervised token is context of the blocks after it; padding is nobody's."""
+    for row, token, bad in ((1, 12, True), (1, 30, True), (1, 31, False), (2, 29, True), (2, 39, False)):
+        for value in (jnp.nan, jnp.inf):
+            spoiled = dataclasses.replace(
+                batch,
+                loss_mask=batch.loss_mask.at[row, token].set(0),
+                features=batch.features.at[row, token, -1].set(value),
+            )
+            found = unhealthy_rows(spoiled, CONFIG.hidden_size)
+            np.testing.assert_array_equal(found, (np.arange(len(LENGTHS)) == row) & bad, err_msg=f"{row}, {token}")
+
+
 def test_wrong_feature_width_is_refused(train_step, batch):
     narrow = dataclasses.replace(batch, features=batch.features[..., :-1])
     with pytest.raises(ValueError, match="features are 47 wide but the draft reads 2 layers of 24"):
