@@ -292,6 +292,16 @@ def test_markers_of_pictures_and_videos_in_one_conversation(processors, rng, tmp
     assert plain.videos == ()
 
 
+def test_the_rate_of_listed_frames_is_part_of_the_digest(processors, rng, tmp_path):
+    """Qwen2.5-VL's positions follow it, and its tokens do not."""
+    frames = [data_url(picture(rng, 56, 56)) for _ in range(4)]
+    records = [chat([part(frames, fps=fps), text("What?")], "That.") for fps in (1, 2)]
+    slow, fast = (make_sample(r, "x:1", tmp_path, processors["qwen2.5-vl"], data_spec()) for r in records)
+    assert slow.tokens.tolist() == fast.tokens.tolist()
+    assert [sample.clips[0].seconds_per_step for sample in (slow, fast)] == [2.0, 1.0]
+    assert slow.digest != fast.digest
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_truncation_never_splits_a_video(family, processors, rng, tmp_path):
     encoded = mp4_url(video_helpers.encode(video_helpers.frames(rng, 12), 4))
