@@ -2,22 +2,21 @@
 
 Two kinds of things live here. The *spec* (`BridgeSpec`) starts a bridge and never changes. The *messages* travel over
 the socket, each a dataclass of numbers, strings and tuples: no tensor and no pickle ever crosses it. Tensors stay in a
-slot, whose byte layout `SlotLayout` computes on both sides.
+slot, whose byte layout both sides compute (`slot_layout`).
 
 Legend: R rows of a slot, S tokens of a row, W feature width = captured layers x hidden size.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from feature_bridge.slot_layout import Dtype, SlotLayout
+
 SCHEMA_VERSION = 2
 
-Dtype = Literal["float32", "bfloat16"]
 Split = Literal["train", "eval"]
-BYTES = {"int32": 4, "uint8": 1, "float32": 4, "bfloat16": 2}
 
 
 # --- the spec: one JSON document that starts a bridge -----------------------------------------------------------------
@@ -99,67 +98,6 @@ class BridgeSpec:
     def slot_layout(self, feature_width: int) -> SlotLayout:
         part = self.row_tokens // self.feature_slice[1]
         return SlotLayout(self.rows_per_slot, self.row_tokens, feature_width, self.feature_dtype, part)
-
-
-# --- a slot's bytes ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Field:
-    """One array of a slot: C-contiguous, `offset` bytes from the slot's start."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class SlotLayout:
-    """Byte layout of one slot, the whole micro-batch of one device: every field starts at a multiple of 256 bytes.
-
-    row_ids [R] int32, num_tokens [R] int32 (those in use), tokens [R, S] int32, segment_start [R, S] int32,
-    loss_mask [R, S] uint8, features [R, S, W] feature_dtype; `feature_tokens` of S where several devices share a row,
-    and each holds the features of its part.
-    """
-
-    rows: int
-    row_tokens: int
-    feature_width: int
-    feature_dtype: Dtype
-    feature_tokens: int | None = None  # None: all
-
-    ALIGNMENT = 256  # DLPack asks for 64 on the CPU, CUDA's allocator gives 256
-
-    @property
-    def fields(self) -> tuple[Field, ...]:
-        tokens_2d = (self.rows, self.row_tokens)
-        arrays = (
-            ("row_ids", "int32", (self.rows,)),
-            ("num_tokens", "int32", (self.rows,)),
-            ("tokens", "int32", tokens_2d),
-            ("segment_start", "int32", tokens_2d),
-            ("loss_mask", "uint8", tokens_2d),
-            ("features", self.feature_dtype, (self.rows, self.feature_tokens or self.row_tokens, self.feature_width)),
-        )
-        placed, offset = [], 0
-        for name, dtype, shape in arrays:
-            placed.append(Field(name, dtype, shape, offset))
-            offset = _round_up(offset + placed[-1].num_bytes, self.ALIGNMENT)
-        return tuple(placed)
-
-    @property
-    def slot_bytes(self) -> int:
-        last = self.fields[-1]
-        return _round_up(last.offset + last.num_bytes, self.ALIGNMENT)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 # --- messages: trainer -> bridge --------------------------------------------------------------------------------------
@@ -314,6 +252,8 @@ class SharedWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class FilledRow:
+    """What is in one row of a filled slot."""
+
     row_id: int
     num_tokens: int  # tokens in use; the rest of the row is padding
     samples: tuple[int, ...]  # samples whose tokens are supervised; one that failed late is masked out
@@ -351,6 +291,8 @@ class DecodedSample:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
+    """The answer to `Decode`: the samples in the order of the request."""
+
     request_id: int
     samples: tuple[DecodedSample, ...]
     seconds: float
@@ -370,6 +312,8 @@ class CheckedSystem:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
+    """The answer to `Check`: the systems in the order of the request."""
+
     request_id: int
     systems: tuple[CheckedSystem, ...]
     seconds: float

@@ -19,8 +19,9 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from feature_bridge.contracts import RingMemory, SlotLayout
+from feature_bridge.contracts import RingMemory
 from feature_bridge.memory import CUDA, Producer, slot_arrays
+from feature_bridge.slot_layout import SlotLayout
 
 HANDLE_BYTES = 64
 # The driver packs small allocations into blocks of this size, and a handle means the whole block.

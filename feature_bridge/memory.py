@@ -22,7 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from feature_bridge.contracts import RingMemory, SlotLayout
+from feature_bridge.contracts import RingMemory
+from feature_bridge.slot_layout import SlotLayout
 
 CPU, CUDA = 1, 2  # DLDeviceType, dlpack.h
 
