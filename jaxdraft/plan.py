@@ -30,9 +30,10 @@ from jaxdraft.gpu_memory import gib
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.objective import Batch, Frozen, batch_shardings
 from jaxdraft.ops.linear_cross_entropy import LOGIT_BYTES
+from jaxdraft.run import step_config
 from jaxdraft.sharding import MESH_AXES, check_mesh, frozen_sharding, mesh_sizes, num_row_groups
 from jaxdraft.target import make_draft_config, open_target
-from jaxdraft.train_step import StepConfig, init_state, state_shardings
+from jaxdraft.train_step import init_state, state_shardings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class StepPlan:
 def abstract_step(config: Config, draft: DraftConfig, mesh: Any, *, tied: bool) -> tuple[Any, Any]:
     """(arguments, outputs) of the compiled training step as shapes with shardings, as `train_step` has them."""
     dtype, s = jnp.dtype(config.compute_dtype), config.data.row_tokens
-    options = step_options(config)
+    options = step_config(config, total_steps=1)
     rows = config.rows_per_device * num_row_groups(mesh)
 
     def placed(shape, dtype, sharding):
@@ -113,16 +114,6 @@ def abstract_step(config: Config, draft: DraftConfig, mesh: Any, *, tied: bool) 
 
 def _is_sharding(x: Any) -> bool:
     return isinstance(x, NamedSharding)
-
-
-def step_options(config: Config) -> StepConfig:
-    return StepConfig(
-        num_anchors=config.num_anchors,
-        total_steps=1,
-        anchor_rule=config.anchor_rule,
-        accumulation=config.accumulation,
-        compute_dtype=config.compute_dtype,
-    )
 
 
 def device_bytes(tree: Any) -> int:
@@ -249,7 +240,10 @@ def _with_prefix(value: float, unit: str, prefixes: dict[str, float] = _DECIMAL)
     return f"{amount:.{0 if amount >= 100 or not amount else 1 if amount >= 10 else 2}f} {prefix}{unit}"
 
 
-def print_plan(console: Console, config: Config, draft: DraftConfig, mesh: Any, machine: Machine, own: Any, tied: bool):
+def print_plan(
+    console: Console, config: Config, draft: DraftConfig, mesh: Any, machine: Machine, own: Any, tied: bool
+) -> None:
+    """The whole plan; `own`: the command's own options."""
     options = {"tied": tied, "target_params": own.target_params * 1e9}
     plan = plan_step(config, draft, mesh, machine, **options)
     table = Table(title=f"one of {mesh.size} devices", title_justify="left")
@@ -290,14 +284,17 @@ def print_plan(console: Console, config: Config, draft: DraftConfig, mesh: Any, 
         say(f"disk     a cache of all features would take {_with_prefix(tokens * width, 'B')}")
         say(f"run      {config.epochs} epochs, {steps:,} steps, {duration}, {hours * mesh.size:.3g} GPU-hours")
     if own.scaling:
-        curve = Table(title="projected scaling, the same rows on each device", title_justify="left")
-        for name in ("devices", "a step", "rows/s", "efficiency", "with overlap"):
-            curve.add_column(name, justify="right")
-        for count, seconds, rate, alone, overlapped in scaling(
-            config, draft, machine, [2**i for i in range(11)], **options
-        ):
-            curve.add_row(str(count), _with_prefix(seconds, "s"), f"{rate:.1f}", f"{alone:.1%}", f"{overlapped:.1%}")
-        console.print(curve)
+        print_scaling(console, scaling(config, draft, machine, [2**i for i in range(11)], **options))
+
+
+def print_scaling(console: Console, lines: Sequence[tuple]) -> None:
+    """What `scaling` gave."""
+    curve = Table(title="projected scaling, the same rows on each device", title_justify="left")
+    for name in ("devices", "a step", "rows/s", "efficiency", "with overlap"):
+        curve.add_column(name, justify="right")
+    for count, seconds, rate, alone, overlapped in lines:
+        curve.add_row(str(count), _with_prefix(seconds, "s"), f"{rate:.1f}", f"{alone:.1%}", f"{overlapped:.1%}")
+    console.print(curve)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,6 +21,7 @@ from jaxdraft.config import CONFIG_FILE, Config
 from jaxdraft.data import Schedule, plan_eval
 from jaxdraft.distributed import is_first, wait_for_all
 from jaxdraft.model.dflash import DraftConfig
+from jaxdraft.train_step import StepConfig
 
 VERSIONED = ("jaxdraft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
@@ -139,6 +140,19 @@ def make_plan(
         total_steps=min(steps, config.max_steps or steps),
         eval_interval=config.eval_interval,
         save_interval=config.save_interval,
+    )
+
+
+def step_config(config: Config, *, total_steps: int, keep_narrow: bool = False) -> StepConfig:
+    """How the steps of a run compute; `keep_narrow` is for a run on one device."""
+    return StepConfig(
+        num_anchors=config.num_anchors,
+        total_steps=total_steps,
+        anchor_rule=config.anchor_rule,
+        accumulation=config.accumulation,
+        compute_dtype=config.compute_dtype,
+        attention=config.attention,
+        keep_narrow=keep_narrow,
     )
 
 

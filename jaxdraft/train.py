@@ -40,14 +40,13 @@ from jaxdraft.gpu_memory import check_trainer_fits, claim_gpu_memory, limit_gpu_
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import from_tensors
 from jaxdraft.parity import Conversation, conversations_of
-from jaxdraft.run import Plan, make_plan, open_run_dir, run_meta
+from jaxdraft.run import Plan, make_plan, open_run_dir, run_meta, step_config
 from jaxdraft.sharding import check_mesh, make_mesh, num_row_groups
 from jaxdraft.signals import Stopped, StopSignal, exit_code
 from jaxdraft.step_log import StepLog
 from jaxdraft.target import TargetModel, make_draft_config, open_target, resolve_mask_token
 from jaxdraft.train_step import (
     SavedState,
-    StepConfig,
     TrainState,
     init_state,
     make_eval_step,
@@ -113,15 +112,8 @@ def train(config: Config, console: Console) -> int:
         report.print_plan(console, plan)
 
         # The state: new, or exactly that of the latest checkpoint.
-        options = StepConfig(
-            num_anchors=config.num_anchors,
-            total_steps=plan.total_steps,
-            anchor_rule=config.anchor_rule,
-            accumulation=config.accumulation,
-            compute_dtype=config.compute_dtype,
-            attention=config.attention,
-            keep_narrow=mesh.size == 1 and config.compute_dtype != "float32",
-        )
+        keep_narrow = mesh.size == 1 and config.compute_dtype != "float32"
+        options = step_config(config, total_steps=plan.total_steps, keep_narrow=keep_narrow)
         frozen = FrozenWeights(config, target, bridge, mesh, config.compute_dtype)
         print_memory(console, memory_use(bridge, mesh.local_devices[0]), frozen)
         key = jax.random.key(config.seed)

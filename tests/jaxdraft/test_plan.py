@@ -22,8 +22,8 @@ from jaxdraft.plan import (
     plan_mesh,
     plan_step,
     scaling,
-    step_options,
 )
+from jaxdraft.run import step_config
 from jaxdraft.sharding import make_mesh
 from jaxdraft.target import make_draft_config, open_target
 from jaxdraft.train_step import make_train_step
@@ -46,7 +46,7 @@ def test_arguments_and_outputs_are_xlas(tiny, sizes, tied):
     mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=jax.devices()[: data * fsdp * tensor])
     arguments, outputs = abstract_step(config, draft, mesh, tied=False)
     frozen, *_ = arguments
-    step = make_train_step(draft, config.loss, config.optim, step_options(config), frozen, mesh=mesh)
+    step = make_train_step(draft, config.loss, config.optim, step_config(config, total_steps=1), frozen, mesh=mesh)
     *rest, key = arguments
     key = jax.eval_shape(lambda: jax.random.key(0))
     compiled = step.func.lower(*rest, key).compile()
