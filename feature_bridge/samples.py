@@ -91,14 +91,8 @@ def make_sample(
     tokens, loss_mask, offsets = _tokenise(text, starts, processor)
     places = find_placeholders(tokens, len(conversation.images), clips, processor)
 
-    grids, content_digests = [], []
-    for image in conversation.images:
-        encoded = media.read(image)
-        grids.append(picture_grid(encoded, media.describe(image), processor, decode))
-        content_digests.append(hashlib.blake2b(encoded, digest_size=16).digest())
-    for each, clip in zip(encoded_videos, clips, strict=True):
-        seen = repr((clip.indices, clip.seconds_per_step)).encode()
-        content_digests.append(hashlib.blake2b(b"".join(each) + seen, digest_size=16).digest())
+    grids, picture_digests = _measure_pictures(conversation.images, processor, decode)
+    video_digests = [_video_digest(*pair) for pair in zip(encoded_videos, clips, strict=True)]
     repeats = placeholder_repeats(len(tokens), places, grids, clips, processor)
     firsts = np.concatenate([[0], np.cumsum(repeats)])  # of each token, once they are repeated
     spans = [(int(firsts[at]), int(firsts[at + 1])) for at in places.pictures]
@@ -112,7 +106,7 @@ def make_sample(
         for each, encoded, clip in zip(conversation.videos[:kept_videos], encoded_videos, clips, strict=False):
             video.decode(each, encoded, clip.indices)
     all_grids = grids[:kept] + [clip.grid for clip in clips[:kept_videos]]
-    all_digests = content_digests[:kept] + content_digests[len(grids) :][:kept_videos]
+    all_digests = picture_digests[:kept] + video_digests[:kept_videos]
     sample = Sample(
         sample_id=conversation.sample_id,
         tokens=tokens[:end],
@@ -300,6 +294,22 @@ def _cut(
         if first < data.max_length < end:
             return first
     return data.max_length
+
+
+def _measure_pictures(images: Sequence[Media], processor: Processor, decode: bool) -> tuple[list[Grid], list[bytes]]:
+    """Patch grid and content digest of each picture. Raises MediaError: one is gone or broken."""
+    grids, digests = [], []
+    for image in images:  # one at a time: their bytes are not kept
+        encoded = media.read(image)
+        grids.append(picture_grid(encoded, media.describe(image), processor, decode))
+        digests.append(hashlib.blake2b(encoded, digest_size=16).digest())
+    return grids, digests
+
+
+def _video_digest(encoded: Sequence[bytes], clip: Sampled) -> bytes:
+    """Of a video's bytes, and of which frames the target sees when."""
+    seen = repr((clip.indices, clip.seconds_per_step)).encode()
+    return hashlib.blake2b(b"".join(encoded) + seen, digest_size=16).digest()
 
 
 def _digest(tokens: np.ndarray, loss_mask: np.ndarray, grids: list[Grid], contents: list[bytes]) -> str:
