@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,17 @@ def read_config(directory: str | Path, field: str = "target.path") -> dict[str, 
     if not isinstance(config, dict):
         raise ValueError(f"{file} is not a JSON object; download it again")
     return config
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a config.json: a VLM keeps it in `text_config`."""
+    return config.get("text_config", config)
+
+
+def config_field(config: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """A field of a config.json; the language model's where the top level has none."""
+    value = config.get(name)
+    return value if value is not None else text_config(config).get(name, default)
 
 
 def _remedy(file: Path) -> str:

@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 from safetensors.numpy import save_file
 
-from feature_bridge.model_files import find_model, read_config, read_json
+from feature_bridge.model_files import config_field, find_model, read_config, read_json, text_config
 from jaxdraft.checkpoint import Checkpoints, load_params
 from jaxdraft.cli import parse_options, run_command
 from jaxdraft.curves import curves_svg, read_metrics
@@ -148,13 +148,13 @@ def hf_config(config: DraftConfig, target: Mapping[str, Any], dtype: str) -> dic
         "attention_dropout": 0.0,
         "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
         "block_size": config.block_size,
-        "bos_token_id": target_field(target, "bos_token_id"),
+        "bos_token_id": config_field(target, "bos_token_id"),
         "dflash_config": {
             "mask_token_id": config.mask_token_id,
             "target_layer_ids": list(config.target_layer_ids),
         },
         "dtype": dtype,
-        "eos_token_id": target_field(target, "eos_token_id"),
+        "eos_token_id": config_field(target, "eos_token_id"),
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
@@ -168,25 +168,19 @@ def hf_config(config: DraftConfig, target: Mapping[str, Any], dtype: str) -> dic
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": config.num_kv_heads,
         "num_target_layers": config.num_target_layers,
-        "pad_token_id": target_field(target, "pad_token_id"),
+        "pad_token_id": config_field(target, "pad_token_id"),
         "rms_norm_eps": config.rms_norm_eps,
         # Old loaders read the first two, transformers 5 the third.
         "rope_scaling": None,
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "sliding_window": config.sliding_window if sliding else None,
-        "tie_word_embeddings": bool(target_field(target, "tie_word_embeddings", False)),
+        "tie_word_embeddings": bool(config_field(target, "tie_word_embeddings", False)),
         "use_cache": True,
         "use_sliding_window": sliding,
         "vocab_size": config.vocab_size,
         **optional,
     }
-
-
-def target_field(target: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    """A field of the target's config.json; `text_config`'s where the top level has none."""
-    value = target.get(name)
-    return value if value is not None else target.get("text_config", {}).get(name, default)
 
 
 def check_target(config: DraftConfig, target: Mapping[str, Any]) -> None:
@@ -195,7 +189,7 @@ def check_target(config: DraftConfig, target: Mapping[str, Any]) -> None:
     Raises:
       ValueError: width, vocabulary, depth or rope differ; names the field and both values.
     """
-    text = target.get("text_config", target)
+    text = text_config(target)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     pairs = {
         "hidden_size": (config.hidden_size, text["hidden_size"]),

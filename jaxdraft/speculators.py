@@ -10,11 +10,11 @@ Source: `speculators.models.dflash` and its converter, 0.9.0, which the tests lo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from feature_bridge.model_files import read_json, text_config
 from jaxdraft.model.dflash import DraftConfig
 
 VERSION = "0.9.0"
@@ -127,5 +127,4 @@ def _target_layers(config: Mapping[str, Any]) -> int:
         raise ValueError(
             f"num_target_layers is missing, and its target {name!r} is not a directory here; add it to config.json"
         )
-    target = json.loads(file.read_text())
-    return target.get("text_config", target)["num_hidden_layers"]
+    return text_config(read_json(file))["num_hidden_layers"]

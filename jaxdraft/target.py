@@ -5,7 +5,7 @@ No transformers and no torch: these are JSON and safetensors files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from feature_bridge.model_files import INDEX, find_model, open_tensors, read_config, read_json, tensor_files
+from feature_bridge.model_files import (
+    INDEX,
+    config_field,
+    find_model,
+    open_tensors,
+    read_config,
+    read_json,
+    tensor_files,
+    text_config,
+)
 from jaxdraft.config import DraftOptions, TargetConfig
 from jaxdraft.model.dflash import DraftConfig, default_target_layer_ids
 
@@ -36,13 +45,12 @@ class TargetModel:
     config: dict[str, Any]
 
     @property
-    def text(self) -> dict[str, Any]:
-        return self.config.get("text_config", self.config)
+    def text(self) -> Mapping[str, Any]:
+        return text_config(self.config)
 
     def field(self, name: str, default: Any = None) -> Any:
         """A field of the top level, or of `text_config` where it is missing there."""
-        value = self.config.get(name)
-        return value if value is not None else self.text.get(name, default)
+        return config_field(self.config, name, default)
 
     def size(self, name: str) -> int:
         """A size of the text model. Raises ValueError: its config.json does not say."""

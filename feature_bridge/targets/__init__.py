@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from feature_bridge.contracts import BridgeSpec, TargetSpec
-from feature_bridge.model_files import find_model, open_tensors, read_config, tensor_files
+from feature_bridge.model_files import find_model, open_tensors, read_config, tensor_files, text_config
 from feature_bridge.targets import sglang_versions
 from feature_bridge.targets.base import Target, check_layer_ids
 from feature_bridge.targets.probe import check_layer_contract, probe_requests
@@ -131,7 +132,6 @@ def check_not_quantised(directory: Path) -> None:
                     )
 
 
-def read_text_config(directory: Path) -> dict[str, Any]:
+def read_text_config(directory: Path) -> Mapping[str, Any]:
     """The language model's part of config.json."""
-    config = read_config(directory)
-    return config.get("text_config", config)
+    return text_config(read_config(directory))

@@ -382,7 +382,7 @@ def test_the_target_may_be_a_hub_id(run_dir, tmp_path, monkeypatch):
     assert json.loads((draft / "export.json").read_text())["target"] == "org/model"
     convert(ConvertArguments(draft=str(draft), output=str(tmp_path / "converted"), **on_hub))
     assert load_draft(tmp_path / "converted")[1] == SLIDING
-    with pytest.raises(ValueError, match="as a hub id it needs --revision"):
+    with pytest.raises(ValueError, match="a hub id needs --revision"):
         convert(ConvertArguments(draft=str(draft), output=str(tmp_path / "again"), target="org/model"))
 
 
