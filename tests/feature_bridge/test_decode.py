@@ -146,6 +146,21 @@ def test_a_perfect_draft_is_accepted_whole(target, prompts, length):
         assert generated.accept_lens == (BLOCK_SIZE - 1,) * whole + ((rest,) if rest else ())
 
 
+def test_a_right_draft_that_runs_past_the_end_of_the_turn(target, prompts):
+    """What it proposes beyond the end counts for nothing, as in the replay, though the target agrees with it."""
+    for request, answer in zip(prompts, greedy(target, prompts, set(), 20), strict=True):
+        text = request.tokens.tolist() + list(answer)
+        perfect = lambda tokens, features, text=text: text[len(tokens) : len(tokens) + BLOCK_SIZE - 1]
+        lens = set()
+        for stop in sorted(set(answer)):
+            (generated,) = speculate(target, perfect, [request], {stop}, 20)
+            end = answer.index(stop) + 1
+            assert generated.tokens == answer[:end]
+            assert generated.accept_lens == replay(np.full(end, BLOCK_SIZE - 1), 0, end, BLOCK_SIZE)
+            lens |= {*generated.accept_lens}
+        assert lens - {BLOCK_SIZE - 1}, "no end was within a block"
+
+
 def test_the_context_of_the_target_is_a_limit(target, proposer):
     request = Request(tokens=np.arange(195, dtype=np.int32) % 11)
     (generated,) = speculate(target, proposer, [request], set(), 50)
