@@ -111,7 +111,7 @@ class Client(Bridge):
 
     @property
     def exit_code(self) -> int | None:
-        """Of the closed bridge; negative for the signal that ended it."""
+        """The closed bridge's exit code; negative for the signal that ended it."""
         return self._link.process.exit_code
 
     def fill(self, split: str, rows: Sequence[Row]) -> int:

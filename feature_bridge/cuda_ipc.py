@@ -110,7 +110,7 @@ class Gpu:
 
     @property
     def uuid(self) -> str:
-        """As `nvidia-smi -L` prints it, and CUDA_VISIBLE_DEVICES takes it."""
+        """The UUID as `nvidia-smi -L` prints it and CUDA_VISIBLE_DEVICES takes it."""
         raw = (ctypes.c_ubyte * 16)()
         _check(_driver(), "cuDeviceGetUuid_v2", raw, self._device)
         return f"GPU-{uuid.UUID(bytes=bytes(raw))}"

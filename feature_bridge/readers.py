@@ -77,7 +77,7 @@ class Readers:
         self._processes = set(active_children()) - others
 
     def load(self, split: Split, position: int) -> Loaded:
-        """As the function `load`; from a process the sample comes without its encoded pictures and videos.
+        """Does what the function `load` does; a process returns the sample without its encoded pictures and videos.
 
         Raises:
           RuntimeError: a process died.

@@ -307,7 +307,7 @@ def _measure_pictures(images: Sequence[Media], processor: Processor, decode: boo
 
 
 def _video_digest(encoded: Sequence[bytes], clip: Sampled) -> bytes:
-    """Of a video's bytes, and of which frames the target sees when."""
+    """Digest of a video's bytes and of the frames that the target sees, with their times."""
     seen = repr((clip.indices, clip.seconds_per_step)).encode()
     return hashlib.blake2b(b"".join(encoded) + seen, digest_size=16).digest()
 

@@ -75,7 +75,7 @@ class Checkpoints:
 
     @property
     def best_tau(self) -> float | None:
-        """That tau."""
+        """The highest held-out tau; None before the first evaluation."""
         return self._best[0]
 
     @property

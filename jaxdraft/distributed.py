@@ -28,7 +28,7 @@ _BEAT_S = 0.5
 
 
 class Place(NamedTuple):
-    """Of this process among all; None: left to JAX's detection."""
+    """The place of this process among all of the run; None: left to JAX's detection."""
 
     address: str | None
     count: int | None

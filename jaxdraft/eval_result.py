@@ -90,7 +90,7 @@ class EvalResult:
         )
 
     def metrics(self) -> dict[str, Any]:
-        """For the log, as JSON: None where there was nothing to divide by."""
+        """The figures for the log, as JSON; None where there was nothing to divide by."""
         names = ("loss", "accuracy", "slot_accuracy", "slot_acceptance", "accept_len", "tau", "tau_replay")
         return {name: finite(getattr(self, name)) for name in names}
 

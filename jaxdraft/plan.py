@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
@@ -36,30 +36,21 @@ from jaxdraft.target import make_draft_config, open_target
 from jaxdraft.train_step import init_state, state_shardings
 
 
+def _number(default: float | int, what: str) -> Any:
+    """A field that is an option of the command, too."""
+    return field(default=default, metadata={"help": what})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """What the run is planned for; the defaults are H200 hosts of 8, NVLink and one 400 Gb/s port a GPU."""
 
-    memory_gb: float = 141.0
-    tflops: float = 989.0
-    """Peak of dense bfloat16 products."""
-    share: float = 0.63
-    """Of the peak that a step reaches: 624 TFLOP/s were measured (benchmarks/RESULTS.md)."""
-    link_gbs: float = 450.0
-    """GB/s of a GPU to others of its host, one way."""
-    network_gbs: float = 50.0
-    """GB/s of a GPU to other hosts."""
-    gpus_per_host: int = 8
-
-
-MACHINE_HELP = {
-    "memory_gb": "memory of a GPU, GB",
-    "tflops": "peak of dense bfloat16 products, TFLOP/s",
-    "share": "share of that peak which a step reaches",
-    "link_gbs": "a GPU to others of its host, GB/s one way",
-    "network_gbs": "a GPU to other hosts, GB/s",
-    "gpus_per_host": "GPUs of a host",
-}
+    memory_gb: float = _number(141.0, "memory of a GPU, GB")
+    tflops: float = _number(989.0, "peak of dense bfloat16 products, TFLOP/s")
+    share: float = _number(0.63, "share of that peak which a step reaches")  # 624 TFLOP/s: benchmarks/RESULTS.md
+    link_gbs: float = _number(450.0, "a GPU to others of its host, GB/s one way")
+    network_gbs: float = _number(50.0, "a GPU to other hosts, GB/s")
+    gpus_per_host: int = _number(8, "GPUs of a host")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +114,11 @@ def device_bytes(tree: Any) -> int:
 
 
 def useful_flop(draft: DraftConfig, *, rows: int, tokens: int, anchors: int) -> float:
-    """Of one forward and backward pass. Attention has an average context of half a row, and the frozen head's backward
-    pass is that of its input alone. Slot 0 counts like the others."""
+    """FLOP of one forward and backward pass.
+
+    Attention has an average context of half a row. The frozen head needs only the gradient of its input. Slot 0 counts
+    like the others.
+    """
     h, blocks, context = draft.hidden_size, rows * anchors * draft.block_size, rows * tokens
     q, k = draft.num_heads * draft.head_dim, draft.num_kv_heads * draft.head_dim
     layer = 2 * h * q + 2 * h * k + 3 * h * draft.intermediate_size
@@ -308,15 +302,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--target-params", type=float, default=0.0, metavar="BILLIONS", help="of a target on the same device"
     )
     parser.add_argument("--scaling", action="store_true", help="print the projected curve of 1 to 1024 devices")
-    for name, field in Machine.__dataclass_fields__.items():
-        option, what = f"--{name.replace('_', '-')}", f"{MACHINE_HELP[name]}; default: %(default)s"
-        parser.add_argument(option, type=type(field.default), default=field.default, help=what)
+    for number in fields(Machine):
+        option, what = f"--{number.name.replace('_', '-')}", f"{number.metadata['help']}; default: %(default)s"
+        parser.add_argument(option, type=type(number.default), default=number.default, help=what)
     own, config = parse_command(parser, argv)
     target = open_target(config.target, weights=False)
     draft = make_draft_config(config.draft, target)
     mesh = plan_mesh(config, own.devices)
     check_mesh(mesh, draft, config.data.row_tokens)
-    machine = Machine(**{name: getattr(own, name) for name in Machine.__dataclass_fields__})
+    machine = Machine(**{number.name: getattr(own, number.name) for number in fields(Machine)})
     tied = bool(target.field("tie_word_embeddings", False)) and config.target.lm_head_key is None
     print_plan(Console(), config, draft, mesh, machine, own, tied)
 

@@ -81,7 +81,7 @@ class StepLog:
 
     @property
     def rows_per_second(self) -> float | None:
-        """Of the training steps of this process, evaluation left out; None without a step."""
+        """Rows per second of this process's training steps, without evaluations; None without a step."""
         return self._rows_done / self._seconds if self._seconds else None
 
     def push(self, step: int, metrics: Mapping[str, Any], slot: Slot) -> None:

@@ -91,7 +91,7 @@ class SGLangDraft:
         }
 
     def weights(self) -> dict[str, Tensor]:
-        """By exported name: SGLang's fused matrices taken apart. A tensor with a NaN was never loaded: left out."""
+        """The tensors by exported name, SGLang's fused matrices split; without those that have a NaN: never loaded."""
         found: dict[str, Tensor] = {}
         for name, parameter in self._model.named_parameters():
             module, _, fused = name.removesuffix(".weight").rpartition(".")
