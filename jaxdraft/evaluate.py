@@ -210,7 +210,8 @@ def evaluate_draft(
 def evaluate_held_out(held: HeldOut, tensors: Mapping[str, np.ndarray]) -> EvalResult:
     """Every anchor of the held-out rows, with a draft's tensors by exported name."""
     config, draft = held.config, held.draft
-    options = StepConfig(num_anchors=config.num_anchors, total_steps=1, compute_dtype=config.compute_dtype)
+    compute = {"compute_dtype": config.compute_dtype, "attention": config.attention}
+    options = StepConfig(num_anchors=config.num_anchors, total_steps=1, **compute)
     mesh = make_mesh(devices=jax.local_devices()[:1])  # whatever other devices are here
     eval_step = make_eval_step(draft, config.loss, options, held.frozen(config.compute_dtype), mesh=mesh)
     params = {name: jnp.asarray(a, jnp.float32) for name, a in from_tensors(tensors, draft).items()}

@@ -73,6 +73,11 @@ def test_evaluate(config, directory):
         assert words in text
 
 
+def test_the_configs_attention_is_used(config, directory):
+    with pytest.raises(ValueError, match="attention='mosaic' needs a Hopper GPU"):
+        evaluate_draft(directory, dataclasses.replace(config, attention="mosaic"), Console(quiet=True))
+
+
 def test_the_expected_speedup(config, monkeypatch, tmp_path, capsys):
     summary = {
         "draft": "d", "tau_teacher_forced": 3.0, "tau_replay": 3.0, "tau_decoded": 4.0, "num_decoded": 0,
