@@ -2,6 +2,9 @@
 
 A capture that is shifted by a layer, zero, or blind to pictures raises no error: the draft is only bad. So a small
 batch (a text, and a picture if the target takes pictures) is captured while forward hooks watch every layer.
+
+Once, at start: a shifted layer and a lost picture are faults of the code, which all batches share. What one batch can
+have by itself, zeros, infinite values and a wrong length, is looked for in every row (`feature_checks`).
 """
 
 from __future__ import annotations
