@@ -110,7 +110,7 @@ def build_indexes(
             continue
         field = f"data.{split}_path"
         source = open_source(path, field)
-        entries = _entries(source, path, field, target, data, processor, progress)
+        entries = _entries(source, target, data, processor, progress)
         usable = [entry for entry in entries if not entry.kind]
         if not usable:
             raise ValueError(_no_sample(entries, source, f"{field}={path!r}"))
@@ -192,13 +192,7 @@ def _no_sample(entries: Sequence[Entry], source: Source, named: str) -> str:
 
 
 def _entries(
-    source: Source,
-    path: str,
-    field: str,
-    target: TargetSpec,
-    data: DataSpec,
-    processor: Processor,
-    progress: Progress,
+    source: Source, target: TargetSpec, data: DataSpec, processor: Processor, progress: Progress
 ) -> list[Entry]:
     """Entries of all records: from the cache if nothing they depend on has changed, else by a scan."""
     cache = None
@@ -208,9 +202,9 @@ def _entries(
         if entries is not None:
             return entries
     if cache is None:
-        return scan(source, path, field, target, data, processor, progress, {}, lambda entry: None)
+        return scan(source, target, data, processor, progress, {}, lambda entry: None)
     with kept(cache.with_name(f"{cache.name}.partial")) as (known, keep):
-        entries = scan(source, path, field, target, data, processor, progress, known, keep)
+        entries = scan(source, target, data, processor, progress, known, keep)
         _save_cache(cache, entries)
     return entries
 

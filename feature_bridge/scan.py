@@ -50,8 +50,6 @@ class Entry:
 
 def scan(
     source: Source,
-    path: str,
-    field: str,
     target: TargetSpec,
     data: DataSpec,
     processor: Processor,
@@ -82,7 +80,7 @@ def scan(
         for row in _rows(todo):
             note(scan_row(source, row, processor, data))
     else:
-        _scan_in_workers(todo, path, field, target, data, num_workers, note)
+        _scan_in_workers(source, todo, target, data, num_workers, note)
     assert len(entries) == total, "a worker left out rows"
     return [entries[row] for row in range(total)]
 
@@ -126,9 +124,8 @@ def file_state(path: str) -> tuple[str, int, int]:
 
 
 def _scan_in_workers(
+    source: Source,
     todo: list[tuple[int, int]],
-    path: str,
-    field: str,
     target: TargetSpec,
     data: DataSpec,
     num_workers: int,
@@ -155,8 +152,8 @@ def _scan_in_workers(
     try:
         for shard in range(num_workers):
             spec = {
-                "path": path,
-                "field": field,
+                "path": str(source.path),
+                "field": source.field,
                 "target": dataclasses.asdict(target),
                 "data": dataclasses.asdict(data),
                 "todo": todo,
@@ -181,7 +178,7 @@ def _scan_in_workers(
             worker.wait()
     if failed:
         raise RuntimeError(
-            f"a process that indexes {field}={path!r} ended with code {failed[0]}; "
+            f"a process that indexes {source.field}={str(source.path)!r} ended with code {failed[0]}; "
             "see its message above, or lower data.num_workers if memory ran out"
         )
 

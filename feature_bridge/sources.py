@@ -18,9 +18,11 @@ _ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*([{\]]|$)")  # of records
 
 
 class Source(Protocol):
-    """Records in their order. `folder` is what relative picture paths are relative to."""
+    """Records in their order."""
 
-    folder: Path
+    path: Path
+    field: str  # the config's field that names it, for messages
+    folder: Path  # what relative picture paths are relative to
     digest: str  # of the files' content
 
     def __len__(self) -> int: ...
@@ -50,7 +52,7 @@ def open_source(path: str, field: str) -> Source:
             raise ValueError(f"{field}={path!r} is packed by gzip; unpack it and give the JSONL file")
         if _ARRAY.match(begin):
             raise ValueError(f"{field}={path!r} is a JSON array; write one conversation a line: `jq -c '.[]' {path}`")
-        return JsonlSource(path)
+        return JsonlSource(path, field)
     except OSError as error:
         raise ValueError(
             f"{field}={path!r} cannot be read ({error.strerror}); give a JSONL file or a `save_to_disk` folder"
@@ -60,8 +62,8 @@ def open_source(path: str, field: str) -> Source:
 class JsonlSource:
     """One JSON object a line; blank lines are passed over. Relative paths are relative to the file's folder."""
 
-    def __init__(self, path: str):
-        self.path = Path(path)
+    def __init__(self, path: str, field: str):
+        self.path, self.field = Path(path), field
         self.folder = self.path.resolve().parent
         digest = hashlib.blake2b(digest_size=16)
         offsets, numbers, offset = [], [], 0
@@ -111,7 +113,7 @@ class DatasetSource:
             ) from error
         if isinstance(dataset, datasets.DatasetDict):
             raise ValueError(f"{field}={path!r} holds the splits {sorted(dataset)}; give the folder of one of them")
-        self.path = Path(path)
+        self.path, self.field = Path(path), field
         self.folder = self.path.resolve().parent
         self.digest = _folder_digest(self.path)
         self._rows = dataset.with_format("arrow")  # the stored form: pictures stay encoded

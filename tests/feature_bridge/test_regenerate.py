@@ -287,7 +287,7 @@ def test_a_kill_loses_and_repeats_nothing(tmp_path, answered):
 
 def test_refuses_another_journal_and_an_output_that_is_there(server, tmp_path, capsys):
     data = write(tmp_path / "data.jsonl", [{"messages": [user("1"), old()]}])
-    identity = {"data": JsonlSource(str(data)).digest, "model": "the-model", "temperature": 0.5}
+    identity = {"data": JsonlSource(str(data), "--data").digest, "model": "the-model", "temperature": 0.5}
     (tmp_path / "out.jsonl.journal").write_text(json.dumps(identity) + "\n")
     assert run(server, data, tmp_path / "out.jsonl") == 2
     assert "was begun with temperature=0.5 and not 0.0" in capsys.readouterr().err
