@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxdraft import distributed, report, runtime
@@ -47,6 +48,7 @@ from jaxdraft.step_log import StepLog
 from jaxdraft.target import TargetModel, make_draft_config, open_target, resolve_mask_token
 from jaxdraft.train_step import (
     SavedState,
+    StepConfig,
     TrainState,
     init_state,
     make_eval_step,
@@ -117,14 +119,7 @@ def train(config: Config, console: Console) -> int:
         frozen = FrozenWeights(config, target, bridge, mesh, config.compute_dtype)
         print_memory(console, memory_use(bridge, mesh.local_devices[0]), frozen)
         key = jax.random.key(config.seed)
-        place = jax.jit(
-            functools.partial(init_state, draft, config.optim, options),
-            out_shardings=state_shardings(draft, config.optim, options, mesh),
-        )
-        if mesh.size == 1:
-            own = None if frozen.mapped else frozen()
-            check_trainer_fits(jax.eval_shape(place, key, params=start_params), own, mesh.local_devices[0])
-        state = place(key, params=start_params)
+        state = new_state(config, draft, options, mesh, frozen, key, start_params)
         meta = run_meta(config, draft, plan, bridge.ready)
         if checkpoints.latest is not None:
             check_resume(checkpoints.meta(checkpoints.latest), meta)
@@ -193,6 +188,26 @@ def train(config: Config, console: Console) -> int:
             result = evaluate(FeatureStream(bridges, plan.eval_requests, mesh))
         finish(config, console, run_dir, target, draft, bridge, checkpoints, result, log, started)
     return 0
+
+
+def new_state(
+    config: Config,
+    draft: DraftConfig,
+    options: StepConfig,
+    mesh: Mesh,
+    frozen: FrozenWeights,
+    key: jax.Array,
+    start_params: dict[str, jax.Array] | None,
+) -> TrainState:
+    """A new run's state, placed on the mesh. Raises ValueError: one GPU cannot hold it beside the frozen matrices."""
+    place = jax.jit(
+        functools.partial(init_state, draft, config.optim, options),
+        out_shardings=state_shardings(draft, config.optim, options, mesh),
+    )
+    if mesh.size == 1:
+        own = None if frozen.mapped else frozen()
+        check_trainer_fits(jax.eval_shape(place, key, params=start_params), own, mesh.local_devices[0])
+    return place(key, params=start_params)
 
 
 @contextlib.contextmanager
