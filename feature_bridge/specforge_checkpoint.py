@@ -1,4 +1,4 @@
-"""A training checkpoint of SpecForge as a draft's directory, to start from with `draft.init_from`.
+"""Converts a training checkpoint of SpecForge to a draft's directory, from which `draft.init_from` can start.
 
     python -m feature_bridge.specforge_checkpoint --checkpoint DIR --draft-config FILE --output DIR
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m feature_bridge.specforge_checkpoint", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="its directory, or that of the whole training")
     parser.add_argument("--draft-config", type=Path, required=True, help="config.json of the draft that was trained")
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     args = parser.parse_args(argv)
