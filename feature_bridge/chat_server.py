@@ -1,4 +1,4 @@
-"""A server with OpenAI's chat completions, asked again and again until it answers. Needs httpx."""
+"""A client for a server with OpenAI's chat completions, which tries again until it gets an answer. Needs httpx."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The systems that load a draft, on the same blocks: ours in torch, and the classes of four other projects.
+"""Runs the same blocks through all systems that load a draft: ours in torch, and four other projects' classes.
 
     blocks (a file of the trainer) --> every system: what it understood of config.json, the weights it holds, and the
     hidden states it gives --> a file a system, which the trainer compares with its own (`jaxdraft.check`)

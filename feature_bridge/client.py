@@ -1,4 +1,4 @@
-"""What the trainer holds: a running bridge. Imports neither jax nor torch.
+"""The trainer's end of a bridge process. Imports neither jax nor torch.
 
 The client is single-threaded: it reads the socket only while the trainer waits for an answer. In between, answers wait
 in the kernel: they are small, for what is large lies in the slots.

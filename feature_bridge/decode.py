@@ -1,4 +1,4 @@
-"""Real speculative decoding, to measure a draft, and the target's own greedy decoding beside it.
+"""Real speculative decoding with a draft, to measure it, and the target's own greedy decoding for comparison.
 
     prefill -> the answer's first token, the first anchor
     draft proposes B-1 tokens -> one extend over prompt + answer so far + proposal -> accept the n that the target

@@ -1,4 +1,4 @@
-"""Whether the features of a row can be true: finite, and not all zero for a token of a layer.
+"""Checks of a row's features: they must be finite, and not all zero for a token in a layer.
 
 Legend: S tokens of a row, K captured layers, H hidden size. The peak of a token in a layer is its largest magnitude.
 """

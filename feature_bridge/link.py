@@ -1,4 +1,4 @@
-"""A bridge process and the connection to it: started, heard and, when it ends, its end explained."""
+"""A bridge process and the connection to it: starting it, hearing from it, and explaining its end."""
 
 from __future__ import annotations
 

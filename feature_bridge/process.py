@@ -1,4 +1,4 @@
-"""The bridge process as its parent sees it: started, watched, ended with all its children, and its end described."""
+"""The bridge process as its parent sees it: starting, watching and ending it, and describing how it ended."""
 
 from __future__ import annotations
 

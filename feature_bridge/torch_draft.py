@@ -1,4 +1,4 @@
-"""The exported draft in PyTorch: what speculative decoding in the bridge proposes blocks with.
+"""The exported draft in PyTorch, which proposes the blocks when the bridge decodes.
 
 Reads the directory that `jaxdraft.export` writes, and z-lab's published ones. No cache: the context is projected again
 for every block, which is simple and cannot go stale. Equal to z-lab's `dflash.model.DFlashDraftModel` on one block.

@@ -1,4 +1,4 @@
-"""The bridges of a process: one for each of its devices, started, and what they hold.
+"""The bridges of a process, one for each of its devices: how they are started, and what they hold.
 
 Every local device has a bridge process and a ring of its own (`seats`); devices that differ only in their place on the
 mesh's tensor axis share rows, and each gets the features of its part of the tokens. With a tensor-parallel target the

@@ -1,4 +1,4 @@
-"""What a run says on the screen beside its steps: at its start, at evaluations, at its end."""
+"""What a run prints besides its steps: at its start, at evaluations, at its end."""
 
 from __future__ import annotations
 

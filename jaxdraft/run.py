@@ -1,4 +1,4 @@
-"""What belongs to a run beside its training loop: its directory, its meta, the order of its requests."""
+"""What belongs to a run besides its training loop: its directory, its meta, the order of its requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of XLA that must stand before JAX starts. Everything set here yields to the environment."""
+"""XLA's settings, made before JAX starts. What the environment sets already is left as it is."""
 
 from __future__ import annotations
 

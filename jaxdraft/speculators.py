@@ -1,4 +1,4 @@
-"""`speculators`, vLLM's form of a draft: the same tensors, and a config.json that means other things by its numbers.
+"""`speculators`, vLLM's form of a draft: the same tensors, and a config.json whose numbers mean other things.
 
 - Its layer ids count hidden states, of which the embedding's output is number 0: ours + 1.
 - Its sliding window begins a window before the anchor, for all slots of a block; ours begins before each slot. So a

@@ -1,7 +1,7 @@
-"""What the loop hands every step to: metrics a step late, slots given back, skipped samples and bad batches counted.
+"""What follows every step: its metrics are written, its slot is given back, skips and bad batches are counted.
 
-A step late means without a host sync: while the device computes step n, the host reads the metrics of step n-1, whose
-outputs are ready, and only then gives its slot back to the bridge.
+All this happens one step late, so that nothing waits for the device: while it computes step n, the host reads the
+metrics of step n-1, which are ready, and only then gives that step's slot back to the bridge.
 """
 
 from __future__ import annotations
