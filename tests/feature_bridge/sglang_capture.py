@@ -72,6 +72,7 @@ def main(path: str, layer_ids: str, dtype: str, out: str) -> None:
     many = [target_requests.text(config, 9, seed) for seed in range(40)]  # more than one extend takes
     tensors["many/features"] = target.extend(many).features
     tensors["embedding/rows"] = target.embed([3, 1, 2])
+    tensors |= {f"frozen/{name}": matrix.clone() for name, matrix in target.frozen().items()}
 
     def swapped(features: Any) -> Any:
         first, second, *rest = features.split(width, dim=-1)
