@@ -30,6 +30,7 @@ from jaxdraft.tau_table import modalities, tau_table
 def finish(
     config: Config,
     console: Console,
+    *,
     run_dir: Path,
     target: TargetModel,
     draft: DraftConfig,

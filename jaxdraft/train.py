@@ -186,7 +186,18 @@ def train(config: Config, console: Console) -> int:
 
         if result is None and plan.eval_rows:  # the run was complete already
             result = evaluate(FeatureStream(bridges, plan.eval_requests, mesh))
-        finish(config, console, run_dir, target, draft, bridge, checkpoints, result, log, started)
+        finish(
+            config,
+            console,
+            run_dir=run_dir,
+            target=target,
+            draft=draft,
+            bridge=bridge,
+            checkpoints=checkpoints,
+            result=result,
+            log=log,
+            started=started,
+        )
     return 0
 
 
