@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxdraft.anchors import AnchorRule
 from jaxdraft.losses import LossConfig
 from jaxdraft.optim import OptimConfig
 
@@ -279,7 +280,7 @@ class Config:
     """Micro-batches of an optimizer step."""
     anchors_per_row: int | None = None
     """N: blocks trained in a row; None: 512 for every 3072 tokens."""
-    anchor_rule: Literal["head", "pr505"] = "head"
+    anchor_rule: AnchorRule = "head"
     """head (SpecForge's): blocks may run past a sample's end; pr505 (its pull request 505): they may not."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the draft's activations; its master weights are float32."""

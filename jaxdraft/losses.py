@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-LOSS_KINDS = ("dflash", "dpace", "dpace-cumulative-confidence-only", "dpace-continuation-value-only")
+LossKind = Literal["dflash", "dpace", "dpace-cumulative-confidence-only", "dpace-continuation-value-only"]
+LOSS_KINDS = get_args(LossKind)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """The training objective."""
 
-    kind: Literal["dflash", "dpace", "dpace-cumulative-confidence-only", "dpace-continuation-value-only"] = "dflash"
+    kind: LossKind = "dflash"
     """dflash: decayed cross entropy; the others: D-PACE, weighted by the draft's own confidence."""
     gamma: float | None = 7.0
     """Decay exp(-(k-1)/gamma) over the slots, dflash only: 7, 5, 4 for block size 16, 10, 8; None: no decay."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ class StepConfig:
         for name in ("num_anchors", "total_steps", "accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1; raise it")
-        if self.anchor_rule not in ("head", "pr505"):
+        if self.anchor_rule not in get_args(AnchorRule):
             raise ValueError(f"anchor_rule={self.anchor_rule!r} is unknown; choose head or pr505")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype={self.compute_dtype!r} is unknown; choose float32 or bfloat16")
