@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -19,14 +19,8 @@ from feature_bridge.contracts import Filled, FilledRow, Row
 from feature_bridge.memory import Producer
 from jaxdraft.bridges import Bridge, BridgeError, Seat, seats, teams
 from jaxdraft.objective import Batch, batch_shardings
+from jaxdraft.run import Request, Rows
 from jaxdraft.sharding import num_row_groups
-
-
-class Request(Protocol):
-    """One micro-batch: rows as (row id, positions of its samples in the split's index), R for each device."""
-
-    split: str
-    rows: Sequence[tuple[int, Sequence[int]]]
 
 
 class Slot(NamedTuple):
@@ -34,7 +28,7 @@ class Slot(NamedTuple):
 
     batch: Batch
     filled: tuple[Filled, ...]  # one for each bridge
-    planned: Sequence[tuple[int, Sequence[int]]]  # every row of the batch: (row id, samples)
+    planned: Rows  # every row of the batch
 
     @property
     def rows(self) -> tuple[FilledRow, ...]:

@@ -52,12 +52,12 @@ def open_run_dir(config: Config, draft: DraftConfig) -> Path:
     return run_dir
 
 
-Rows = Sequence[tuple[int, tuple[int, ...]]]  # (row id, samples)
+Rows = Sequence[tuple[int, tuple[int, ...]]]  # (row id, positions of its samples in the split's index)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One micro-batch to fill: rows as (row id, samples), `rows_per_micro_batch` of them."""
+    """One micro-batch to fill, the rows of all devices."""
 
     split: str
     rows: Rows
