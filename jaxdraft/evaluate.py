@@ -222,61 +222,65 @@ def evaluate_held_out(held: HeldOut, tensors: Mapping[str, np.ndarray]) -> EvalR
 
 def print_evaluation(console: Console, summary: dict[str, Any]) -> None:
     """The figures as tables."""
+    console.print(_taus(summary))
+    console.print(_buckets(summary["tau_table"]))
+    slots = Table(title="share of blocks in which a slot is accepted", title_justify="left")
+    for k in range(1, len(summary["slot_acceptance"]) + 1):
+        slots.add_column(str(k), justify="right")
+    slots.add_row(*map(_number, summary["slot_acceptance"]))
+    console.print(slots)
+    lines = [f"{name} {_number(summary[name])}" for name in ("accept_len", "loss", "accuracy")]
+    console.print("  ".join(lines), highlight=False)
+    if not summary["num_decoded"]:
+        return
+    own = "token for token the target's own greedy output"
+    console.print(f"decoded text: {own if summary['lossless'] else 'NOT the output of the target'}", highlight=False)
+    console.print(
+        f"replay and decoding: the same accepted lengths in {summary['replay_identical']} of "
+        f"{summary['replay_compared']} conversations whose recorded answer is the target's own",
+        highlight=False,
+    )
+    if summary["replay_compared"]:
+        forced, replayed = summary["calibration"].values()
+        console.print(
+            f"of these, decoded tau is {_number(forced)} x teacher-forced and {_number(replayed)} x replayed",
+            highlight=False,
+        )
 
-    def number(value: float | None, digits: int = 3) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
 
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _taus(summary: dict[str, Any]) -> Table:
     table = Table(title=f"{summary['draft']} on held-out conversations", title_justify="left")
     table.add_column("")
     table.add_column("tau", justify="right")
     table.add_column("how")
-    table.add_row("teacher-forced", number(summary["tau_teacher_forced"]), "every block of every answer")
-    table.add_row("replayed", number(summary["tau_replay"]), "the blocks that greedy decoding visits")
+    table.add_row("teacher-forced", _number(summary["tau_teacher_forced"]), "every block of every answer")
+    table.add_row("replayed", _number(summary["tau_replay"]), "the blocks that greedy decoding visits")
     if summary["num_decoded"]:
-        mean = f"{summary['num_decoded']} conversations; mean of theirs {number(summary['tau_decoded_mean'])}"
-        table.add_row("decoded", number(summary["tau_decoded"]), mean)
+        mean = f"{summary['num_decoded']} conversations; mean of theirs {_number(summary['tau_decoded_mean'])}"
+        table.add_row("decoded", _number(summary["tau_decoded"]), mean)
     if "tau_sampled" in summary:
-        table.add_row("sampled", number(summary["tau_sampled"]), f"at temperature {summary['temperature']:g}")
-    console.print(table)
-    buckets = Table(title="tau, with 95 % intervals over conversations", title_justify="left")
+        table.add_row("sampled", _number(summary["tau_sampled"]), f"at temperature {summary['temperature']:g}")
+    return table
+
+
+def _buckets(buckets: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="tau, with 95 % intervals over conversations", title_justify="left")
     for name in ("", "convers.", "calls", "replayed", "teacher-forced"):
-        buckets.add_column(name, justify="right" if name else "left")
-    for bucket in summary["tau_table"]:
-        forced = [number(bucket[f"{which}_teacher_forced"], 2) for which in ("tau", "low", "high")]
-        buckets.add_row(
+        table.add_column(name, justify="right" if name else "left")
+    for bucket in buckets:
+        forced = [_number(bucket[f"{which}_teacher_forced"], 2) for which in ("tau", "low", "high")]
+        table.add_row(
             bucket["name"] if bucket["kind"] == "modality" else f"{bucket['kind']} {bucket['name']}".strip(),
             str(bucket["conversations"]),
             str(bucket["calls"]),
             f"{bucket['tau']:.2f} ({bucket['low']:.2f}-{bucket['high']:.2f})",
             f"{forced[0]} ({forced[1]}-{forced[2]})",
         )
-    console.print(buckets)
-    slots = Table(title="share of blocks in which a slot is accepted", title_justify="left")
-    for k in range(1, len(summary["slot_acceptance"]) + 1):
-        slots.add_column(str(k), justify="right")
-    slots.add_row(*map(number, summary["slot_acceptance"]))
-    console.print(slots)
-    console.print(
-        f"accept_len {number(summary['accept_len'])}  loss {number(summary['loss'])}  "
-        f"accuracy {number(summary['accuracy'])}",
-        highlight=False,
-    )
-    if summary["num_decoded"]:
-        own = "token for token the target's own greedy output"
-        console.print(
-            f"decoded text: {own if summary['lossless'] else 'NOT the output of the target'}", highlight=False
-        )
-        console.print(
-            f"replay and decoding: the same accepted lengths in {summary['replay_identical']} of "
-            f"{summary['replay_compared']} conversations whose recorded answer is the target's own",
-            highlight=False,
-        )
-        if summary["replay_compared"]:
-            forced, replayed = summary["calibration"].values()
-            console.print(
-                f"of these, decoded tau is {number(forced)} x teacher-forced and {number(replayed)} x replayed",
-                highlight=False,
-            )
+    return table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
