@@ -188,7 +188,7 @@ class Client(Bridge):
         if message is None:
             raise BridgeError(
                 f"{self._link.name} was not ready in time (see {self._link.process.log_path}); raise "
-                "bridge.start_timeout_s if its index or its target needs longer (an index goes on where it was)",
+                "bridge.start_timeout_s if its index or its target needs longer (the index continues where it stopped)",
                 kind="timeout",
             )
         assert isinstance(message, cls)

@@ -164,7 +164,7 @@ class Link:
         return BridgeError(f"{self.name} (process {self.process.pid}) {how}", kind="died")
 
     def _cause(self, error: BridgeError) -> BridgeError:
-        """The error to raise: that of the rank that died first where it is known, else what all ranks say."""
+        """The error to raise: what the ranks that died say, killed ones first; if none died, what all of them say."""
         deadline = time.monotonic() + _PEER_EXIT_S
         while self.peers and time.monotonic() < deadline and not any(p.process.has_exited() for p in self.peers):
             time.sleep(_POLL_S)

@@ -260,7 +260,9 @@ def _taus(summary: dict[str, Any]) -> Table:
     table.add_row("teacher-forced", _number(summary["tau_teacher_forced"]), "every block of every answer")
     table.add_row("replayed", _number(summary["tau_replay"]), "the blocks that greedy decoding visits")
     if summary["num_decoded"]:
-        mean = f"{summary['num_decoded']} conversations; mean of theirs {_number(summary['tau_decoded_mean'])}"
+        mean = (
+            f"{summary['num_decoded']} conversations; the mean of their own taus {_number(summary['tau_decoded_mean'])}"
+        )
         table.add_row("decoded", _number(summary["tau_decoded"]), mean)
     if "tau_sampled" in summary:
         table.add_row("sampled", _number(summary["tau_sampled"]), f"at temperature {summary['temperature']:g}")
