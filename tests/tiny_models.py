@@ -75,7 +75,9 @@ _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size":
 def make_model(family: str, directory: Path) -> Path:
     """Write a float32 checkpoint of the family's architecture class; returns its directory."""
     makers = (_qwen3, _qwen3_moe, _llama, _qwen3_vl, _qwen2_5_vl, _qwen3_5, _qwen3_5_moe)
-    model = dict(zip(FAMILIES, makers, strict=True))[family]()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the decays keep their initial values
+        model = dict(zip(FAMILIES, makers, strict=True))[family]()
     _randomise(model)
     path = directory / family
     model.float().save_pretrained(path)
@@ -136,6 +138,9 @@ def _qwen3_5():
 
 def _qwen3_5_moe():
     text = {name: value for name, value in _TEXT_3_5.items() if name != "intermediate_size"} | _EXPERTS
+    # Every token goes to every expert: of thousands of choices some are so close that rounding, which differs between
+    # CPUs, decides them. `_qwen3_moe`, with fewer tokens, has the choice.
+    text["num_experts_per_tok"] = text["num_experts"]
     config = transformers.Qwen3_5MoeConfig(
         text_config=text | {"shared_expert_intermediate_size": 48, "tie_word_embeddings": False},
         vision_config=_VISION_3_5,

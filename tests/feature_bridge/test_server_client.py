@@ -45,11 +45,16 @@ def expected(spec, request_rows) -> dict[str, bytes]:
     return {f.name: field_bytes(f, request_rows) for f in layout.fields}
 
 
-def is_running(pid: int) -> bool:
+def state(pid: int) -> str:
+    """The kernel's letter for what a process does; Z, as of a dead one, if it is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"
+
+
+def is_running(pid: int) -> bool:
+    return state(pid) != "Z"
 
 
 def wait_until(condition) -> None:
@@ -254,6 +259,7 @@ def test_the_bridge_ends_with_its_trainer(stopped, tmp_path, scratch):
             assert is_running(bridge)
             if stopped:
                 os.kill(bridge, signal.SIGSTOP)
+                wait_until(lambda: state(bridge) == "T")  # the kernel wakes orphans that have stopped, not that will
             trainer.kill()
             wait_until(lambda: not is_running(bridge) and not is_running(child))
         finally:
