@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,17 +48,21 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file at INFO
         policies = ocp.training.preservation_policies
         best = policies.BestN(get_metric_fn=lambda m: m["tau"], n=1, keep_checkpoints_without_metrics=False)
+        others = set(threading.enumerate())
         self._checkpointer = ocp.training.Checkpointer(
             run_dir.resolve() / "checkpoints",
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best, _First()]),
             cleanup_tmp_directories=not read_only,
         )
+        self._cleaners = set(threading.enumerate()) - others
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._checkpointer.close()
+        for thread in self._cleaners:  # Orbax waits for them before a save only; they print a traceback if Python ends
+            thread.join()
 
     @property
     def latest(self) -> int | None:

@@ -49,6 +49,16 @@ def test_latest_first_and_best_are_kept(tmp_path):
     assert meta == {"mask_token_id": 7, "step": 2}
 
 
+def test_what_a_killed_save_left_is_gone_when_a_run_ends(tmp_path):
+    """Even of a run that ends at once: a thread that outlives it ends in a traceback."""
+    left = [tmp_path / "checkpoints" / f"{step}.orbax-checkpoint-tmp-1" for step in range(200)]
+    for directory in left:
+        (directory / "default").mkdir(parents=True)
+    with Checkpoints(tmp_path, keep=1):
+        pass
+    assert not any(directory.exists() for directory in left)
+
+
 def test_restore_is_bit_identical(tmp_path):
     saved = state_at(5)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
