@@ -202,10 +202,13 @@ def _tokenizer_ids(directory: Path) -> tuple[set[int], int | None]:
         ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
     elif (file := directory / "vocab.json").is_file():
         ids |= read_json(file)
+    if (file := directory / "added_tokens.json").is_file():
+        ids |= read_json(file)
     settings = {}
-    if (file := directory / "tokenizer_config.json").is_file():
-        settings = read_json(file)
-        ids |= {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (file := directory / name).is_file():
+            settings |= {key: value for key, value in read_json(file).items() if value is not None}
+    ids |= {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
     if not ids:
         raise ValueError(f"{directory} has no tokenizer files; set draft.mask_token_id, or complete the directory")
     mask = settings.get("mask_token")

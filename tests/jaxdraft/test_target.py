@@ -172,6 +172,14 @@ def test_mask_token_resolution_order(tmp_path):
     assert resolve_mask_token(None, target) == 4  # the only unused id
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": {"content": "t7"}}))
     assert resolve_mask_token(None, target) == 7
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": None}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"mask_token": "t8"}))  # as older checkpoints have it
+    assert resolve_mask_token(None, target) == 8
+    (tmp_path / "special_tokens_map.json").unlink()
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"t4": 4}))
+    with pytest.raises(ValueError, match="every id"):
+        resolve_mask_token(None, target)
+    (tmp_path / "added_tokens.json").unlink()
     target = open_target(write_target(tmp_path, tokenizer=[*range(9), V]))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": f"t{V}"}))
     assert resolve_mask_token(None, target) == 10  # the tokenizer's own is no id of the embedding's
