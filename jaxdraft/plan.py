@@ -32,7 +32,8 @@ from jaxdraft.objective import Batch, Frozen, batch_shardings
 from jaxdraft.ops.linear_cross_entropy import LOGIT_BYTES
 from jaxdraft.run import step_config
 from jaxdraft.sharding import MESH_AXES, check_mesh, frozen_sharding, mesh_sizes, num_row_groups
-from jaxdraft.target import make_draft_config, open_target
+from jaxdraft.start_draft import choose_shape
+from jaxdraft.target import open_target
 from jaxdraft.train_step import init_state, state_shardings
 
 
@@ -307,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(option, type=type(number.default), default=number.default, help=what)
     own, config = parse_command(parser, argv)
     target = open_target(config.target, weights=False)
-    draft = make_draft_config(config.draft, target)
+    draft = choose_shape(config.draft, target)
     mesh = plan_mesh(config, own.devices)
     check_mesh(mesh, draft, config.data.row_tokens)
     machine = Machine(**{number.name: getattr(own, number.name) for number in fields(Machine)})

@@ -30,22 +30,20 @@ from jaxdraft.check import check_first
 from jaxdraft.checkpoint import Checkpoints, abstract_like, check_resume
 from jaxdraft.cli import parse_args, run_command
 from jaxdraft.config import Config
-from jaxdraft.convert import load_draft
 from jaxdraft.eval_result import EvalResult, finite
 from jaxdraft.evaluate import as_served, evaluate_batches
-from jaxdraft.export import check_target
 from jaxdraft.features import FeatureStream
 from jaxdraft.finish import finish
 from jaxdraft.frozen import FrozenWeights
 from jaxdraft.gpu_memory import check_trainer_fits, claim_gpu_memory, limit_gpu_memory, print_memory
 from jaxdraft.model.dflash import DraftConfig
-from jaxdraft.model.tensors import from_tensors
 from jaxdraft.parity import Conversation, conversations_of
 from jaxdraft.run import Plan, make_plan, open_run_dir, run_meta, step_config
 from jaxdraft.sharding import check_mesh, make_mesh, num_row_groups
 from jaxdraft.signals import Stopped, StopSignal, exit_code
+from jaxdraft.start_draft import choose_shape, start_weights
 from jaxdraft.step_log import StepLog
-from jaxdraft.target import TargetModel, make_draft_config, open_target, resolve_mask_token
+from jaxdraft.target import open_target
 from jaxdraft.train_step import (
     SavedState,
     StepConfig,
@@ -57,10 +55,6 @@ from jaxdraft.train_step import (
 )
 
 COUNTS = ("bad_batches", "samples", "tokens")  # of a state: what every micro-batch changes
-INIT_FROM_DECIDES = (
-    "num_layers", "block_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "target_layer_ids",
-    "sliding_window",
-)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,7 +85,8 @@ def train(config: Config, console: Console) -> int:
 
     # What is trained: shapes from the target's config, start weights from the seed or a draft.
     target = open_target(config.target)
-    draft, start_params = choose_draft(config, target)
+    draft = choose_shape(config.draft, target)
+    start_params = start_weights(config.draft, draft)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     check_mesh(mesh, draft, config.data.row_tokens)
     run_dir = open_run_dir(config, draft)
@@ -260,30 +255,6 @@ def bridge_logs(run_dir: Path) -> list[Path]:
 def column_lengths(table: Any | None) -> np.ndarray:
     """Tokens of each sample of an index table; none without one."""
     return np.frombuffer(b"" if table is None else table.lengths, "<i4")
-
-
-def choose_draft(config: Config, target: TargetModel) -> tuple[DraftConfig, dict[str, jax.Array] | None]:
-    """The draft's shape, and the weights to start from where `draft.init_from` names a directory.
-
-    Raises:
-      ValueError: an option is given that is not the directory's. Of the mask token, the one that is given is taken.
-    """
-    given = config.draft
-    if given.init_from is None:
-        return make_draft_config(given, target), None
-    tensors, draft = load_draft(given.init_from)
-    check_target(draft, target.config)
-    there = {name: getattr(draft, name) for name in INIT_FROM_DECIDES}
-    there["num_sliding_layers"] = draft.layer_types.count("sliding_attention")
-    for name, value in there.items():
-        if getattr(given, name) not in (None, 0, value):  # None, and 0 sliding layers: not given
-            raise ValueError(
-                f"draft.{name}={getattr(given, name)} is not that of draft.init_from={given.init_from}; "
-                f"set it to {value}"
-            )
-    if given.mask_token_id is not None:
-        draft = dataclasses.replace(draft, mask_token_id=resolve_mask_token(given.mask_token_id, target))
-    return draft, from_tensors(tensors, draft)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ import runs
 
 from jaxdraft.cli import load_config
 from jaxdraft.config import MeshConfig
+from jaxdraft.export import export_draft
+from jaxdraft.model.dflash import init_params
+from jaxdraft.model.tensors import to_tensors
 from jaxdraft.plan import (
     Machine,
     abstract_step,
@@ -237,3 +240,16 @@ def test_a_small_run_is_printed_in_small_units(capsys):
     assert "µs computing" in output
     assert "H200" not in output
     assert not re.search(r"\b0\.0+ ", output)
+
+
+def test_a_draft_to_start_from_decides_the_shape(tmp_path, capsys):
+    config = load_config("tiny_qwen35vl.py")
+    target = open_target(config.target)
+    draft = dataclasses.replace(make_draft_config(config.draft, target), intermediate_size=32)
+    tensors = to_tensors(init_params(draft, jax.random.key(0)), draft)
+    exported = export_draft(tensors, draft, target.config, tmp_path / "draft", dtype="float32")
+    sizes = []
+    for start in ([], ["--draft.init-from", str(exported)]):
+        main(["--config", "tiny_qwen35vl.py", *start])
+        sizes.append(float(re.search(r"export ([\d.]+)", capsys.readouterr().out)[1]))
+    assert sizes[1] < sizes[0]

@@ -11,12 +11,12 @@ from safetensors import flax, safe_open
 from safetensors.numpy import save_file
 from tiny_models import FAMILIES, make_model
 
-from jaxdraft.config import Config, DataConfig, DraftOptions, TargetConfig
+from jaxdraft.config import DraftOptions, TargetConfig
 from jaxdraft.export import export_draft
 from jaxdraft.model.dflash import init_params
 from jaxdraft.model.tensors import to_tensors
+from jaxdraft.start_draft import choose_shape, start_weights
 from jaxdraft.target import load_frozen, make_draft_config, open_target, resolve_mask_token
-from jaxdraft.train import choose_draft
 
 V, H = 13, 6
 TEXT = dict(
@@ -205,7 +205,8 @@ def test_a_draft_to_start_from_decides_all_but_the_mask_token(tmp_path):
 
     def choose(**given):
         options = DraftOptions(**{"num_layers": 2, "block_size": 4, "init_from": str(exported)} | given)
-        return choose_draft(Config(name="x", target=config, data=DataConfig(train_path="x"), draft=options), target)
+        shape = choose_shape(options, target)
+        return shape, start_weights(options, shape)
 
     draft, params = choose()
     assert draft == trained
