@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from feature_bridge.slot_layout import Dtype, SlotLayout
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Split = Literal["train", "eval"]
 
@@ -189,6 +189,8 @@ class Skip:
 
     where: str
     reason: str
+    count: int = 1
+    """Samples that this stands for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,6 +81,11 @@ def parse(record: Any, where: str, folder: Path) -> Conversation:
     for key in ("tools", "functions"):  # they would belong into the prompt
         if record.get(key) not in (None, "", "[]", [], {}):
             raise _broken(f"the record has {key}, which are not read; leave out conversations with tools")
+    if (system := record.get("system")) not in (None, ""):  # LLaMA-Factory's form; a system turn goes first
+        if not isinstance(system, str):
+            raise _broken(f"the record has system of type {type(system).__name__}, expected a string")
+        if _read_turn(turns[0], 0)[0] != "system":
+            turns = [{"role": "system", "content": system}, *turns]
     beside = _beside(record, "image") + _beside(record, "video")
     # Elsewhere "<image>" is a piece of text like any other.
     marked = tuple(kind for kind in _NAMES if not openai or any(visual.kind == kind for visual in beside))
@@ -139,7 +144,7 @@ def _read_turn(turn: Any, index: int) -> tuple[str, Any, str]:
     if role == "assistant" and turn.get("weight") not in (None, 0, 1):
         raise _broken(f"turn {index} has weight={turn['weight']!r}, which is not read; give 0 or 1")
     content = turn["content"] if turn.get("content") is not None else turn.get("value")
-    reasoning = turn.get("reasoning_content") or ""
+    reasoning = turn.get("reasoning_content") or turn.get("reasoning") or ""
     if not isinstance(reasoning, str):
         raise _broken(f"turn {index} has reasoning_content of type {type(reasoning).__name__}")
     return role, content, reasoning

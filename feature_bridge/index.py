@@ -28,7 +28,7 @@ from feature_bridge.samples import Sample
 from feature_bridge.scan import Entry, Progress, entry_of, file_state, scan
 from feature_bridge.sources import Source, open_source
 
-INDEX_VERSION = 2  # raise it whenever the same record would give another sample
+INDEX_VERSION = 3  # raise it whenever the same record would give another sample
 MAX_LISTED = 1000  # skipped records that a table names; all are counted
 _FIELDS = [field.name for field in dataclasses.fields(Entry)]
 
@@ -69,7 +69,8 @@ class Index:
         """The columns the trainer needs."""
         listed = self.skipped[:MAX_LISTED]
         if len(self.skipped) > MAX_LISTED:
-            listed += (Skip(where="...", reason=f"and {len(self.skipped) - MAX_LISTED} more"),)
+            more = len(self.skipped) - MAX_LISTED
+            listed += (Skip(where="...", reason=f"and {more} more", count=more),)
         return IndexTable(
             digest=self.digest,
             lengths=np.array([entry.length for entry in self.entries], "<i4").tobytes(),
@@ -211,6 +212,7 @@ def _entries(
 
 def _cache_key(source: Source, data: DataSpec, processor: Processor) -> str:
     """Digest of all that entries depend on, save the picture files: their states are in the cache itself."""
+    import PIL
     import transformers
 
     parts = (
@@ -219,7 +221,7 @@ def _cache_key(source: Source, data: DataSpec, processor: Processor) -> str:
         source.digest,
         str(source.folder),
         processor.fingerprint(),
-        video.decoder(),  # without one, videos are skipped
+        (video.decoder(), PIL.__version__),  # what they cannot read is skipped
         (data.max_length, data.too_long, data.min_supervised),
         _FIELDS,
     )

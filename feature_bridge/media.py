@@ -134,7 +134,7 @@ def mime(encoded: bytes, name: str) -> str:
     with _open(encoded, name) as picture:
         if encoded.startswith(b"\xff\xd8\xff"):  # PIL knows kinds of JPEG that servers do not
             return "image/jpeg"
-        return Image.MIME[picture.format]
+        return Image.MIME.get(picture.format, f"image/{picture.format.lower()}")  # DDS and QOI have none
 
 
 def broken(what: str, reason: str) -> MediaError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import sys
@@ -14,6 +15,10 @@ from feature_bridge.cpu_stand_ins import torchvision_ops
 from feature_bridge.media import MediaError
 from feature_bridge.model_files import first_line
 from feature_bridge.video_rules import VideoRules
+
+# What chat templates take for today, so that samples are the same on every day. Llama 3.2's template writes the date
+# into the prompt, and this one where it is given none.
+_TODAY = datetime.date(2024, 7, 26)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +48,7 @@ class Processor:
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
             enable_thinking=False,
+            strftime_now=_TODAY.strftime,
         )
 
     def image_grid(self, height: int, width: int) -> tuple[int, int, int]:
@@ -77,6 +83,7 @@ class Processor:
         parts = (
             self.tokenizer.backend_tokenizer.to_str(),
             self.chat_template,
+            str(_TODAY) if "strftime_now" in self.chat_template else "",
             sorted(self.eos_token_ids),
             self.media_fingerprint(),
             (self.image_token_id, self.video_token_id, self.vision_start_token_id, self.vision_end_token_id),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import fcntl
 import json
 import math
@@ -33,7 +34,7 @@ from feature_bridge.media_parts import PartWriter
 from feature_bridge.sources import Source, open_source
 
 PROGRESS_S = 10.0
-_REWRITTEN = ("messages", "conversations", "images", "image", "videos", "video")
+_REWRITTEN = ("messages", "conversations", "images", "image", "videos", "video", "system")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,14 @@ class Journal:
 
 
 def _line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(value, ensure_ascii=False, default=_plain).encode() + b"\n"
+
+
+def _plain(value: Any) -> str:
+    """What a column of a `datasets` folder may hold and JSON does not know: times, bytes, decimals."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 # --- a conversation ---------------------------------------------------------------------------------------------------
@@ -120,7 +128,8 @@ def read_choice(row: int, turn: int, choice: dict[str, Any]) -> Answer:
         return Answer(row, turn, error=f"the answer was cut off ({choice.get('finish_reason')}); raise --max-tokens")
     if not message.get("content"):
         return Answer(row, turn, error="the answer is empty")
-    return Answer(row, turn, message["content"], message.get("reasoning_content") or "")
+    thoughts = message.get("reasoning_content") or message.get("reasoning") or ""  # SGLang's name, and vLLM's
+    return Answer(row, turn, message["content"], thoughts)
 
 
 def rewritten(record: dict[str, Any], conversation: Conversation, answers: Sequence[Answer], folder: Path) -> Any:

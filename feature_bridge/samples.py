@@ -212,6 +212,8 @@ def answer_starts(messages: Sequence[dict[str, Any]], processor: Processor) -> t
         text = processor.render(list(messages))
         marked_text = processor.render(marked)
         prompts = [processor.render(marked[:index], add_generation_prompt=True) for index in answers]
+        # Of an answer after one of weight 0, which has no mark: where its prompt rewrites the turns before it.
+        histories = {i: processor.render(marked[:i]) for i in answers if messages[i - 1].get("weight") == 0}
     except Exception as error:  # whatever the template raises, and TypeErrors on what it did not expect
         begins = "begins with an assistant turn; " if leading else ""
         raise SampleError("chat template", f"{begins}the chat template refuses the conversation: {error}") from error
@@ -227,10 +229,11 @@ def answer_starts(messages: Sequence[dict[str, Any]], processor: Processor) -> t
     starts, position, marked_position = [], 0, 0
     for index, prompt in zip(answers, prompts, strict=True):
         start = _common_prefix(prompt, marked_text)
+        rewritten = index in histories and start < _common_prefix(prompt, histories[index])
         mark_at = marked_text.find(marks[index])
         between = marked_text[marked_position:start]  # from the end of the last answer to the start of this one
         found = text.find(between, position) if starts else 0 if text.startswith(between) else -1
-        if not marked_position < start <= mark_at or found < 0:
+        if rewritten or not marked_position < start <= mark_at or found < 0:
             raise SampleError(
                 "chat template", f"the chat template rewrites turn {index}, so its answer cannot be located"
             )

@@ -64,7 +64,7 @@ class JsonlSource:
 
     def __init__(self, path: str, field: str):
         self.path, self.field = Path(path), field
-        self.folder = self.path.resolve().parent
+        self.folder = self.path.parent.resolve()  # the link's, where the file is one: a hub download's are
         digest = hashlib.blake2b(digest_size=16)
         offsets, numbers, offset = [], [], 0
         with open(path, "rb") as file:

@@ -46,6 +46,8 @@ from feature_bridge.samples import Sample
 from feature_bridge.targets import load_target, read_text_config, resolve_directory
 from feature_bridge.targets.base import Request, Target
 
+MAX_UNREADABLE = 32  # samples in succession; if more have changed or are gone, the data has
+
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
@@ -95,6 +97,7 @@ class Worker:
         alone = {"initializer": torch.set_num_threads, "initargs": (1,)} if torch.cuda.is_available() else {}
         self._background = ThreadPoolExecutor(threads, thread_name_prefix="pictures", **alone)
         self._ahead: dict[tuple[Split, int], Future[Prepared]] = {}
+        self._num_unreadable = 0  # in succession
         self.ready = Ready(
             schema_version=SCHEMA_VERSION,
             target=self.target.info,
@@ -132,6 +135,7 @@ class Worker:
         filled, own = [], self._spec.own_rows
         for r, (row, futures) in enumerate(zip(rows, prepared, strict=True)):
             samples = self._agreed([future.result() for future in futures])
+            self._check_readable(samples)
             if r in own:
                 out = {name: tensor[r - own.start] for name, tensor in fields.items()}
                 filled.append(self._fill_row(row, samples, out))
@@ -141,6 +145,16 @@ class Worker:
             for gpu in {torch.cuda.current_device(), self._spec.slot_gpu}:
                 torch.cuda.current_stream(gpu).synchronize()  # the slot's bytes are complete: see `memory`
         return tuple(filled)
+
+    def _check_readable(self, samples: Sequence[Prepared]) -> None:
+        """Raises ValueError: so many samples in succession are not what was indexed that it is not their own fault."""
+        for sample in samples:
+            self._num_unreadable = 0 if sample.sample is not None else self._num_unreadable + 1
+            if self._num_unreadable == MAX_UNREADABLE:
+                raise ValueError(
+                    f"{sample.skip.reason}, and the {MAX_UNREADABLE - 1} samples before it are unreadable, too; "
+                    "restore the data"
+                )
 
     def _agreed(self, samples: Sequence[Prepared]) -> Sequence[Prepared]:
         """The samples, without those that another rank could not read: all of them run the same requests."""

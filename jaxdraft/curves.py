@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
+
+from jaxdraft.metrics import read_lines
 
 Points = Sequence[tuple[float, float]]
 
@@ -18,10 +19,7 @@ TRAIN, HELD_OUT, REPLAY = "#6b8fb5", "#1b3a5c", "#c2571a"
 
 def read_metrics(file: Path, last_step: int) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl through a step; none where there is no such file."""
-    if not file.is_file():
-        return []
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    return [line for line in lines if line["step"] <= last_step]
+    return [line for line in read_lines(file) if line["step"] <= last_step]
 
 
 def curves_svg(metrics: Sequence[dict[str, Any]]) -> str:
@@ -41,6 +39,8 @@ def curves_svg(metrics: Sequence[dict[str, Any]]) -> str:
             "replayed": (points("eval", "tau_replay"), REPLAY),
         },
     }
+    # Where every answer is shorter than a block, no tau is known.
+    panels = {title: curves for title, curves in panels.items() if any(found for found, _ in curves.values())}
     width, height = LEFT + 2 * PANEL_W + GAP + 20, TOP + PANEL_H + 40
     drawn = [_panel(title, curves, LEFT + i * (PANEL_W + GAP)) for i, (title, curves) in enumerate(panels.items())]
     return (

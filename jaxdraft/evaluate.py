@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -301,16 +302,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 <= own.temperature < math.inf:
         raise ValueError(f"--temperature={own.temperature} must be finite and at least 0; use 0 for greedy decoding")
     steps = {f"{name}_step": getattr(own, f"{name}_step") for name in ("target", "draft", "verify")}
-    if any(steps.values()) and not all(steps.values()):
+    timed = any(value is not None for value in steps.values())
+    if timed and None in steps.values():
         raise ValueError("an expected speed-up needs --target-step, --draft-step and --verify-step; give all three")
+    if timed:
+        expected_speedup(1.0, **steps)  # refuses what is no time, before anything is paid for
+    output = Path(own.output) if own.output else Path(own.draft) / "evaluation.json"
+    if (own.output or Path(own.draft).is_dir()) and not os.access(output.parent, os.W_OK):
+        raise ValueError(f"--output={output} cannot be written; name a file in a directory that is there and writable")
     console = Console()
     summary = evaluate_draft(own.draft, config, console, temperature=own.temperature)
     print_evaluation(console, summary)
-    if any(steps.values()):
-        tau = summary["tau_decoded"] or summary["tau_replay"]
+    tau = summary["tau_decoded"] or summary["tau_replay"]
+    if timed and tau is not None:
         summary |= {**steps, "expected_speedup": expected_speedup(tau, **steps)}
         console.print(f"expected speed-up at these step times: {summary['expected_speedup']:.2f}", highlight=False)
-    output = Path(own.output) if own.output else Path(own.draft) / "evaluation.json"
     write_json(output, summary)
     console.print(f"written to {output}", highlight=False)
     return int(summary["lossless"] is False or summary.get("replay_agrees") is False)

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class MetricsLog:
         self._file = self._board = None
         if run_dir is None:
             return
-        self._file = _cut_back(run_dir / "metrics.jsonl", resume_step).open("a")
+        file = run_dir / "metrics.jsonl"
+        self._file = rewrite_lines(file, (line for line in read_lines(file) if line["step"] <= resume_step)).open("a")
         self._board = _summary_writer(run_dir / "tensorboard", purge_step=resume_step + 1, flush_secs=30)
 
     def __enter__(self) -> MetricsLog:
@@ -61,18 +62,21 @@ class MetricsLog:
                     self._board.add_scalar(f"{split}/{name}{suffix}", number, step)
 
 
-def _cut_back(file: Path, step: int) -> Path:
-    """Drops the lines after `step`, and a last line that a crash cut short."""
-    kept = []
-    if file.is_file():
-        for line in file.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                break
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """What the lines of a JSONL file hold, but not a last one that a crash cut short; nothing without a file."""
+    lines = []
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def rewrite_lines(file: Path, lines: Iterable[Mapping[str, Any]]) -> Path:
+    """The file with these lines alone, or, after a crash, as it was."""
     scratch = file.with_suffix(".tmp")
-    scratch.write_text("".join(kept))
+    scratch.write_text("".join(json.dumps(line) + "\n" for line in lines))
     os.replace(scratch, file)
     return file
 

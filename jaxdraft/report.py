@@ -56,11 +56,11 @@ def print_start(console: Console, config: Config, draft: DraftConfig, ready: Any
         table.add_row(name, *(f"{ready.indexes[split].counts.get(name, 0):,}" for split in splits))
     console.print(table)
     for split in splits:
-        skipped = ready.indexes[split].skipped
-        for skip in skipped[:5]:
+        table = ready.indexes[split]
+        for skip in table.skipped[:5]:
             say(console, f"skipped {skip.where}: {skip.reason}")
-        if len(skipped) > 5:
-            say(console, f"... and {len(skipped) - 5} more of {split}, all in skipped.jsonl")
+        if len(table.skipped) > 5:
+            say(console, f"... and {table.counts['skipped'] - 5:,} more of {split}: see skipped.jsonl")
 
 
 def print_plan(console: Console, plan: Plan) -> None:

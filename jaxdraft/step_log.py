@@ -20,7 +20,7 @@ from jaxdraft.config import Config
 from jaxdraft.distributed import is_first
 from jaxdraft.eval_result import finite
 from jaxdraft.features import FeatureStream, Slot
-from jaxdraft.metrics import MetricsLog, ProgressBar
+from jaxdraft.metrics import MetricsLog, ProgressBar, read_lines, rewrite_lines
 from jaxdraft.report import say
 from jaxdraft.run import Plan
 
@@ -77,7 +77,7 @@ class StepLog:
     @property
     def num_skipped(self) -> int:
         """Samples left out, when the data was indexed or later (their picture was gone by then)."""
-        return len(self._skipped)
+        return sum(self._skipped.values())
 
     @property
     def rows_per_second(self) -> float | None:
@@ -137,13 +137,15 @@ class StepLog:
 
     def note_skips(self, skips: Iterable[Any], *, show: bool = False) -> None:
         """Writes the samples that were left out to skipped.jsonl, each once."""
-        new = [skip for skip in skips if skip.where not in self._skipped]
+        # Training and held-out files may have one name, so a place is not enough.
+        new = [skip for skip in skips if (skip.where, skip.reason) not in self._skipped]
         if not new:
             return
         with self._skip_file.open("a") as file:
             for skip in new:
-                self._skipped[skip.where] = skip.reason
-                file.write(json.dumps({"where": skip.where, "reason": skip.reason}) + "\n")
+                self._skipped[skip.where, skip.reason] = skip.count
+                count = {"count": skip.count} if skip.count > 1 else {}
+                file.write(json.dumps({"where": skip.where, "reason": skip.reason, **count}) + "\n")
                 if show:
                     say(self._console, f"skipped {skip.where}: {skip.reason}")
 
@@ -162,7 +164,9 @@ class StepLog:
             )
 
 
-def _read_skips(file: Path) -> dict[str, str]:
-    if not file.is_file():
-        return {}
-    return {line["where"]: line["reason"] for line in map(json.loads, file.read_text().splitlines())}
+def _read_skips(file: Path) -> dict[tuple[str, str], int]:
+    """Number of samples by place and reason, of the run that goes on."""
+    lines = read_lines(file)
+    if lines:
+        rewrite_lines(file, lines)  # without half a line, to which the next would be added
+    return {(line["where"], line["reason"]): line.get("count", 1) for line in lines}

@@ -1,6 +1,7 @@
 """The index: its columns, the cache, held-out data, and the way back to a sample."""
 
 import dataclasses
+import datetime
 import gzip
 import os
 import random
@@ -8,7 +9,7 @@ import random
 import numpy as np
 import pytest
 from index_helpers import TARGET, build, ids, texts
-from sample_helpers import chat, data_spec, data_url, load_family, picture, png, wrap, write_jsonl
+from sample_helpers import QWEN3_TEMPLATE, chat, data_spec, data_url, load_family, picture, png, wrap, write_jsonl
 
 from feature_bridge import index as index_module
 from feature_bridge import scan as scan_module
@@ -73,6 +74,33 @@ def test_vanished_or_changed_data_is_noticed(processor, rng, tmp_path):
     path.write_text(path.read_text().replace("number 1", "number 7"))
     with pytest.raises(MediaError, match=r"sample answer-1 \(t.jsonl:3\) has changed"):
         index.sample(2)
+
+
+def test_a_template_that_writes_the_date_gives_the_same_sample_tomorrow(tmp_path, monkeypatch):
+    class Tomorrow(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime(2031, 5, 6)
+
+    loaded = load_family("qwen3")
+    loaded.chat_template = "{{ strftime_now('%d %b %Y') if strftime_now is defined }}" + QWEN3_TEMPLATE  # Llama 3.2's
+    path = write_jsonl(tmp_path / "t.jsonl", texts(1))
+    index = build(path, wrap(loaded))["train"]
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    assert build(path, wrap(loaded))["train"].digest == index.digest
+    index.sample(0)  # of a run that goes on past midnight
+
+
+def test_pictures_beside_a_link(processor, rng, tmp_path):
+    """A download of the hub: snapshots/COMMIT/* are links into blobs/."""
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    (snapshot / "images").mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "1").write_bytes(png(picture(rng, 40, 40)))
+    (snapshot / "images" / "a.png").symlink_to("../../../blobs/1")
+    write_jsonl(blobs / "2", [chat("Q", "A", images=["images/a.png"], id="with")])
+    (snapshot / "t.jsonl").symlink_to("../../blobs/2")
+    assert ids(build(snapshot / "t.jsonl", processor)["train"]) == ["with"]
 
 
 def test_digest_covers_what_features_depend_on(processor, rng, tmp_path):
@@ -181,9 +209,9 @@ def test_cache_gives_the_same_index(cached, scans):
 
 
 @pytest.mark.parametrize(
-    "change", ["line", "picture", "new picture", "gone picture", "max_length", "min_supervised", "template"]
+    "change", ["line", "picture", "new picture", "gone picture", "max_length", "min_supervised", "template", "pillow"]
 )
-def test_cache_is_left_when_anything_changes(change, cached, scans, processor, rng, tmp_path):
+def test_cache_is_left_when_anything_changes(change, cached, scans, processor, rng, tmp_path, monkeypatch):
     build_cached, path = cached
     build_cached()
     if change == "line":
@@ -194,6 +222,8 @@ def test_cache_is_left_when_anything_changes(change, cached, scans, processor, r
         (tmp_path / "later.png").write_bytes(png(picture(rng, 64, 64)))
     elif change == "gone picture":
         (tmp_path / "p.png").unlink()
+    elif change == "pillow":
+        monkeypatch.setattr("PIL.__version__", "99.0")  # which may read what this one cannot
     elif change == "template":
         other = dataclasses.replace(processor, chat_template=processor.chat_template.replace("trim", "upper"))
         build(path, other, cache_dir=str(tmp_path / "cache"))

@@ -70,6 +70,18 @@ def test_answers_of_weight_0_are_context(family, weights, processors, tmp_path):
     assert "The other." in text
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_of_weight_0_right_before_another_is_never_learnt(family, processors, tmp_path):
+    """Where the prompt of the second writes the first in another way, nobody can tell where the second begins."""
+    ask, wrong, right = ("user", "Who?"), ("assistant", "WRONG", {"weight": 0}), ("assistant", "right")
+    given = record(ask, wrong, right, ("user", "Sure?"), ("assistant", "yes"))
+    if family in ("qwen3.5", "qwen3"):
+        with pytest.raises(SampleError, match="rewrites turn 2, so its answer cannot be located"):
+            make_sample(given, "x:1", tmp_path, processors[family], data_spec())
+    else:
+        assert supervised(given, processors[family], tmp_path)[1] == "right<|im_end|>yes<|im_end|>"
+
+
 # --- texts that look like a chat --------------------------------------------------------------------------------------
 
 
@@ -93,6 +105,7 @@ def test_an_answer_that_quotes_the_next_turn_is_refused(family, processors, tmp_
         ({"tools": [{"type": "function"}]}, {}, "the record has tools, which are not read; leave out"),
         ({"tools": '[{"name": "f"}]'}, {}, "the record has tools"),
         ({"functions": [{"name": "f"}]}, {}, "the record has functions"),
+        ({"system": 3}, {}, "the record has system of type int, expected a string"),
         ({}, {"function_call": {"name": "f"}}, "turn 1 calls tools, which are not read"),
         ({}, {"weight": 0.5}, r"turn 1 has weight=0.5, which is not read; give 0 or 1"),
         ({}, {"weight": "0"}, r"turn 1 has weight='0', which is not read"),
@@ -112,6 +125,27 @@ def test_empty_fields_mean_nothing(empty, processors, tmp_path):
         for more in ({}, empty)
     ]
     assert texts[0] == texts[1]
+
+
+def test_a_system_prompt_beside_the_conversation(processors, tmp_path):
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Arr, ahoy."}]
+    system = {"from": "system", "value": "Be a pirate."}
+    beside, inside, both = (
+        supervised(given, processors["qwen3.5"], tmp_path)
+        for given in (
+            {"system": "Be a pirate.", "conversations": turns},
+            {"conversations": [system, *turns]},
+            {"system": "Be another.", "conversations": [system, *turns]},
+        )
+    )
+    assert "Be a pirate." in beside[0]
+    assert beside == inside == both
+
+
+def test_thoughts_have_two_names(processors, tmp_path):
+    for name in ("reasoning_content", "reasoning"):
+        given = record(("user", "Q"), ("assistant", "A", {name: "I think."}))
+        assert "I think." in supervised(given, processors["qwen3.5"], tmp_path)[1]
 
 
 @pytest.mark.parametrize("messages", [[], None, ""])

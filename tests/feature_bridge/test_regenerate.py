@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import base64
+import datetime
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -133,6 +135,28 @@ def test_every_turn_is_the_targets_own(server, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.jsonl", "out.jsonl"]
 
 
+def test_columns_that_json_does_not_know_stay(server, tmp_path):
+    rows = [{"at": datetime.datetime(2024, 1, 2), "raw": b"\x00\xff", "messages": [user("q"), old()]}]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "data"))
+    assert run(server, tmp_path / "data", tmp_path / "out.jsonl") == 0
+    (record,) = read(tmp_path / "out.jsonl")
+    assert (record["at"], record["raw"]) == ("2024-01-02T00:00:00", "AP8=")
+
+
+def test_a_system_prompt_beside_the_conversation_is_asked_with(server, tmp_path):
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "old"}]
+    data = write(tmp_path / "data.jsonl", [{"system": "Be a pirate.", "conversations": turns}])
+    assert run(server, data, tmp_path / "out.jsonl") == 0
+    asked = [{"role": "system", "content": "Be a pirate."}, user("hi")]
+    assert read(tmp_path / "out.jsonl") == [{"messages": [*asked, old(answer_to(asked))]}]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_thoughts_are_kept(name):
+    answer = regenerate.read_choice(0, 0, {"finish_reason": "stop", "message": {"content": "4.", name: "2+2"}})
+    assert (answer.content, answer.reasoning) == ("4.", "2+2")
+
+
 def test_turns_that_nobody_asked_for_stay(server, tmp_path):
     """An assistant turn at the beginning is no answer to anything; one that is not to be learnt stays that."""
     hello, two = old("hello"), old() | {"weight": 0}
@@ -169,6 +193,14 @@ def test_pictures_travel_as_data_urls(server, tmp_path):
     for record, folder in ((here, tmp_path), (there, tmp_path / "elsewhere")):
         images = parse(record, "x", folder).images
         assert images == tuple(str(tmp_path / "pictures" / name) for name in ("a.png", "b.jpg"))
+
+
+def test_a_picture_of_a_format_without_a_mime_type_travels(server, tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.dds")
+    picture = {"type": "image", "image": "a.dds"}
+    data = write(tmp_path / "data.jsonl", [{"messages": [user([picture]), old()]}])
+    assert run(server, data, tmp_path / "out.jsonl") == 0
+    assert server.requests[0]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/dds;base64,")
 
 
 def test_videos_travel_as_data_urls_and_listed_frames_do_not(server, tmp_path, capsys):

@@ -228,6 +228,25 @@ def test_a_picture_that_fails_later_is_masked_out_of_its_row(damage, worker, dat
     assert fill(worker, (0, 1, 3), (2,))[0] == before
 
 
+def test_data_that_is_gone_ends_the_run(tmp_path):
+    """Else it would train on empty rows to its end."""
+    lines = [json.dumps(conversation(i, [])) for i in range(3)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "eval.jsonl").write_text(lines[0])
+    worker = Worker(spec_of(tmp_path, "float32"))
+    (tmp_path / "train.jsonl").rename(tmp_path / "moved")  # its disk is unmounted, say
+    for _ in range(5):
+        (filled, _), _ = fill(worker, (0, 1, 2), (0, 1, 2))
+        assert [skip.where for skip in filled.skipped] == [f"train.jsonl:{i}" for i in (1, 2, 3)]
+    (tmp_path / "moved").rename(tmp_path / "train.jsonl")
+    assert fill(worker, (0,), ())[0][0].samples == (0,)
+    (tmp_path / "train.jsonl").unlink()
+    for _ in range(5):
+        fill(worker, (0, 1, 2), (0, 1, 2))
+    with pytest.raises(ValueError, match="No such file.*, and the 31 samples before it are unreadable, too; restore"):
+        fill(worker, (0, 1, 2), (0, 1, 2))
+
+
 def test_a_request_that_the_target_refuses_is_masked_out(worker, monkeypatch):
     monkeypatch.setattr(worker.target, "max_tokens", len(worker.indexes["train"].sample(0).tokens))
     filled, _ = fill(worker, (0, 2), ())

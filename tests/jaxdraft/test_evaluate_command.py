@@ -100,8 +100,19 @@ def test_the_expected_speedup(config, monkeypatch, tmp_path, capsys):
     assert main([*command, "--verify-step", "14"]) == 0
     assert "expected speed-up at these step times: 2.50" in capsys.readouterr().out
     assert json.loads((tmp_path / "e.json").read_text())["expected_speedup"] == 2.5
-    with pytest.raises(ValueError, match="give all three"):
-        main(command)
+
+    def paid_for(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr("jaxdraft.evaluate.evaluate_draft", paid_for)
+    nowhere = ["--output", str(tmp_path / "none" / "e.json")]
+    for more, message in (
+        ([], "give all three"),
+        (["--verify-step", "0"], "--verify-step=0.0 must be positive"),
+        (["--verify-step", "14", *nowhere], "--output=.*/none/e.json cannot be written"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main([*command, *more])
 
 
 def test_refuses_a_draft_of_another_target(config, directory, tmp_path):

@@ -109,6 +109,8 @@ def test_the_curves_are_drawn_to_scale(tmp_path):
     file.write_text("".join(json.dumps(line) + "\n" for line in metrics(400)))
     lines = read_metrics(file, 300)
     assert max(line["step"] for line in lines) == 300
+    file.write_text(file.read_text()[:-9])  # a crash
+    assert read_metrics(file, 300) == lines
     assert read_metrics(tmp_path / "none.jsonl", 300) == []
     directory = export_draft(random_tensors(), CONFIG, TARGET, tmp_path / "draft", card={"metrics": lines})
     assert "](curves.svg)" in (directory / "README.md").read_text()
@@ -127,6 +129,12 @@ def test_the_curves_are_drawn_to_scale(tmp_path):
     assert loss_eval[-1][0] - loss_eval[0][0] == pytest.approx(PANEL_W * 200 / 300, abs=0.2)
     assert curves_svg([]) == curves_svg(lines[:1]) == ""
     assert curves_svg(lines[:2])  # nothing evaluated yet
+
+
+def test_where_no_block_is_whole_the_loss_is_drawn_alone():
+    drawn = curves_svg([{"step": step, "split": "train", "loss": 1 / step, "tau": None} for step in (1, 2, 3)])
+    assert ">loss<" in drawn
+    assert "tau" not in drawn
 
 
 def test_the_card_of_the_other_form(tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from feature_bridge.contracts import Skip
 from jaxdraft.bridges import BridgeError
 from jaxdraft.metrics import ProgressBar
 from jaxdraft.step_log import SHOWN, StepLog
@@ -47,6 +48,24 @@ def test_metrics_and_slots_are_settled_a_step_late(tmp_path):
             assert released == list(range(micro))
     assert released == [0, 1, 2, 3]
     assert log.rows_per_second > 0
+
+
+def test_every_skipped_sample_is_counted(tmp_path):
+    """Those that the index only counts, too, and those of two files of one name."""
+    many = [Skip(where=f"data.jsonl:{i}", reason="short") for i in range(3)]
+    skips = [*many, Skip(where="...", reason="and 2000 more", count=2000), Skip(where="data.jsonl:0", reason="broken")]
+    log = one_step(tmp_path)
+    log.note_skips(skips)
+    log.note_skips(skips)
+    assert log.num_skipped == 2004
+    file = tmp_path / "skipped.jsonl"
+    assert len(file.read_text().splitlines()) == 5
+    with file.open("a") as end:
+        end.write('{"where": "half a li')  # a crash
+    resumed = one_step(tmp_path)
+    assert resumed.num_skipped == 2004
+    resumed.note_skips([Skip(where="p.jsonl:1", reason="its picture is gone")])
+    assert [json.loads(line)["where"] for line in file.read_text().splitlines()][-2:] == ["data.jsonl:0", "p.jsonl:1"]
 
 
 def one_step(tmp_path, release=lambda filled: None, *, bad_before=0, console=None, **changed):
