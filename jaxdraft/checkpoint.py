@@ -160,7 +160,7 @@ def check_resume(saved: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
       ValueError: names the first such field, both values, and the remedy.
     """
-    own = ("versions", "evaluation_due")  # of one checkpoint, not of the run
+    own = ("versions", "evaluation_due", "unchecked")  # of one checkpoint, not of the run
     old, new = (_flatten({k: v for k, v in meta.items() if k not in own}) for meta in (saved, now))
     for name in sorted(old.keys() | new.keys()):
         field = name.removeprefix("config.")

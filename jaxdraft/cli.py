@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import importlib.util
 import io
 import itertools
@@ -242,9 +243,12 @@ def run_command(main: Callable[[], int | None], *known: type[Exception]) -> None
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except OSError as error:
-        if error.filename is None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # a write that fails so names no file
+        if error.filename is None and not full:
             raise
-        print(f"error: {error.filename} cannot be used: {error.strerror}", file=sys.stderr)
+        failed = f"{error.filename} cannot be used: {error.strerror}"
+        remedy = f"{error.strerror}; free some and give the same command again"
+        print(f"error: {remedy if full else failed}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -60,6 +60,8 @@ def read_draft_config(directory: str | Path) -> DraftConfig:
         return parse_draft_config(from_speculators(config) if is_speculators(config) else config)
     except KeyError as error:
         raise ValueError(f"{file} has no field {error}; give a DFlash draft's config") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{file} has a field of the wrong type ({error}); give a DFlash draft's config") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -155,8 +157,9 @@ class Arguments:
 def convert(arguments: Arguments) -> Path:
     """Raises ValueError: no such draft or target, or one that does not fit the other."""
     tensors, config = load_draft(arguments.draft)
-    if Path(arguments.output).resolve() == Path(arguments.draft).resolve():
-        raise ValueError(f"--output {arguments.output} is --draft itself and would replace it; give another directory")
+    output, draft = Path(arguments.output).resolve(), Path(arguments.draft).resolve()
+    if output in (draft, *draft.parents):
+        raise ValueError(f"--output {arguments.output} holds --draft and would replace it; give another directory")
     file = Path(arguments.draft) / "export.json"
     about = read_json(file) if file.is_file() else {}
     return export_draft(

@@ -70,7 +70,11 @@ def export_draft(
         the directory holds something else. Nothing is written then.
     """
     directory = Path(directory)
+    if directory.is_symlink() or not directory.name:  # "." and links: the directory itself is what gets replaced
+        directory = directory.resolve()
     check_target(config, target)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"--output {directory} is a file; give a directory")
     written = check_tensors(tensors, config, dtype)
     if directory.is_dir() and any(directory.iterdir()) and not (directory / "export.json").is_file():
         raise ValueError(f"--output {directory} is not empty and holds no earlier export; give another directory")

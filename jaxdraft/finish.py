@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from feature_bridge.model_files import read_json
 from jaxdraft.bridges import Bridge
 from jaxdraft.checkpoint import Checkpoints, as_json
 from jaxdraft.config import Config
@@ -82,11 +83,15 @@ def finish(
             decoded_first = decode_with(bridge, baseline, samples, config.max_new_tokens)
             shutil.rmtree(baseline)
 
+    seconds, rate = time.perf_counter() - started, log.rows_per_second
+    earlier = run_dir / "summary.json"
+    if rate is None and earlier.is_file() and (known := read_json(earlier)).get("steps") == last:
+        seconds, rate = known["seconds"], known["rows_per_second"]  # the run was complete already
     summary = {
         "name": config.name,
         "steps": last,
-        "seconds": time.perf_counter() - started,
-        "rows_per_second": log.rows_per_second,
+        "seconds": seconds,
+        "rows_per_second": rate,
         "skipped_samples": log.num_skipped,
         "bad_batches": log.bad_batches,
         "target": config.target.path,
@@ -102,7 +107,7 @@ def finish(
         modality = modalities(bridge.ready.indexes["eval"])
         summary["tau_table"] = [dataclasses.asdict(bucket) for bucket in tau_table(result, modality)]
     summary["data"] = {split: table.counts for split, table in bridge.ready.indexes.items()}
-    write_json(run_dir / "summary.json", summary)
+    write_json(earlier, summary)
     metrics = read_metrics(run_dir / "metrics.jsonl", last)
     write_card(exported, draft, metrics=metrics, recipe=as_json(config), data=summary["data"], summary=summary)
     print_summary(console, summary)

@@ -85,7 +85,7 @@ def check_capture(directory: str | Path, capture: str) -> None:
     Raises ValueError.
     """
     file = Path(directory) / "export.json"
-    trained = read_json(file)["capture"] if file.is_file() else capture
+    trained = read_json(file).get("capture", capture) if file.is_file() else capture
     if trained != capture:
         raise ValueError(
             f"the draft was trained on capture={trained!r} and this target gives {capture!r}; "

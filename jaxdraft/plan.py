@@ -274,12 +274,25 @@ def print_plan(
         tokens = own.tokens * 1e6
         width = draft.feature_size * jnp.dtype(config.bridge.feature_dtype).itemsize
         steps = math.ceil(config.epochs * math.ceil(tokens / config.data.row_tokens) / rows)
+        steps = min(steps, config.max_steps or steps)
         hours = steps * (work + sending) / 3600
         duration = f"{hours:.1f} hours" if hours >= 1 else _with_prefix(3600 * hours, "s")
         say(f"disk     a cache of all features would take {_with_prefix(tokens * width, 'B')}")
         say(f"run      {config.epochs} epochs, {steps:,} steps, {duration}, {hours * mesh.size:.3g} GPU-hours")
     if own.scaling:
         print_scaling(console, scaling(config, draft, machine, [2**i for i in range(11)], **options))
+
+
+def check_numbers(own: Any, config: Config) -> None:
+    """The command's own options. Raises ValueError: one that is not positive, or a mesh that training refuses, too."""
+    zero = ("target_params",) if own.tokens is not None else ("target_params", "tokens")
+    for name in ("tokens", "target_params", *(number.name for number in fields(Machine))):
+        value = getattr(own, name) or 0
+        if not math.isfinite(value) or value < 0 or (value == 0 and name not in zero):
+            raise ValueError(f"--{name.replace('_', '-')}={value} is not a positive number; give one")
+    ranks, devices = config.bridge.tensor_parallel, min(own.devices, own.gpus_per_host)
+    if devices % ranks:
+        raise ValueError(f"bridge.tensor_parallel={ranks} does not divide the {devices} GPUs of a host; give a divisor")
 
 
 def print_scaling(console: Console, lines: Sequence[tuple]) -> None:
@@ -307,6 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         option, what = f"--{number.name.replace('_', '-')}", f"{number.metadata['help']}; default: %(default)s"
         parser.add_argument(option, type=type(number.default), default=number.default, help=what)
     own, config = parse_command(parser, argv)
+    check_numbers(own, config)
     target = open_target(config.target, weights=False)
     draft = choose_shape(config.draft, target)
     mesh = plan_mesh(config, own.devices)

@@ -9,6 +9,17 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
+
+# Runs this very package where another Python is not to find what is installed beside it.
+PROGRAM = """
+import runpy, sys
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("feature_bridge", sys.argv.pop(1))
+sys.modules["feature_bridge"] = package = module_from_spec(spec)
+spec.loader.exec_module(package)
+runpy.run_module("feature_bridge.regenerate", run_name="__main__", alter_sys=True)
+"""
 
 
 def command(argv: Sequence[str]) -> list[str]:
@@ -16,7 +27,7 @@ def command(argv: Sequence[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--python", default=sys.executable)
     own, rest = parser.parse_known_args(argv)
-    return [own.python, "-m", "feature_bridge.regenerate", *rest]
+    return [own.python, "-c", PROGRAM, find_spec("feature_bridge").origin, *rest]
 
 
 def main() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import sys
@@ -24,6 +26,36 @@ from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.train_step import StepConfig
 
 VERSIONED = ("jaxdraft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+
+
+@contextlib.contextmanager
+def locked(config: Config) -> Iterator[None]:
+    """Keeps other trainers out of OUTPUT_DIR/NAME; the kernel lets go of it when this process ends, however it does.
+
+    Raises:
+      ValueError: another process trains this run, or the directory cannot be written.
+    """
+    if not is_first():
+        yield
+        return
+    file = config.run_dir.with_name(f".{config.name}.lock")  # beside it: `fresh` moves the directory itself
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("a")
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={config.output_dir!r} cannot hold the run {config.name} ({error.strerror}); give another"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"the run {config.run_dir} is trained by another process; wait for it, end it, or give another --name"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def open_run_dir(config: Config, draft: DraftConfig) -> Path:

@@ -42,6 +42,12 @@ class StopSignal:
         self.outcome = "nothing was trained yet"
         """What the user is told of a run that is stopped while nothing is deferred."""
 
+    def end_deferral(self) -> None:
+        """From now on a signal raises `Stopped`; so does one that came too late for the loop to see it."""
+        self.deferred = False
+        if self.number:
+            raise Stopped(self.number)
+
     @property
     def received(self) -> str | None:
         return signal.Signals(self.number).name if self.number else None

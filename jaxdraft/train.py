@@ -38,7 +38,7 @@ from jaxdraft.frozen import FrozenWeights
 from jaxdraft.gpu_memory import check_trainer_fits, claim_gpu_memory, limit_gpu_memory, print_memory
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.parity import Conversation, conversations_of
-from jaxdraft.run import Plan, make_plan, open_run_dir, run_meta, step_config
+from jaxdraft.run import Plan, locked, make_plan, open_run_dir, run_meta, step_config
 from jaxdraft.sharding import check_mesh, make_mesh, num_row_groups
 from jaxdraft.signals import Stopped, StopSignal, exit_code
 from jaxdraft.start_draft import choose_shape, start_weights
@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with distributed.joined(config):
             runtime.configure()
-            number = train(config, Console(quiet=not distributed.is_first()))
+            with locked(config):
+                number = train(config, Console(quiet=not distributed.is_first()))
     except Stopped as stopped:
         number = stopped.number
     return exit_code(number) if number else 0
@@ -136,8 +137,14 @@ def train(config: Config, console: Console) -> int:
 
         result: EvalResult | None = None
         # The first checkpoint is compared with its own export, on samples of its last batch.
-        unchecked = config.check_first_checkpoint and checkpoints.latest is None and jax.process_count() == 1
+        unchecked = config.check_first_checkpoint and jax.process_count() == 1
+        if checkpoints.latest is not None:  # unless the run was stopped before that
+            unchecked &= "unchecked" in checkpoints.meta(checkpoints.latest)
         conversations: list[Conversation] = []
+
+        def noted() -> dict[str, Any]:
+            """The meta of a checkpoint; a resume from one that nobody has compared compares the next one."""
+            return meta | ({"unchecked": True} if unchecked else {})
 
         bad_batches = int(state.bad_batches)
         stop.deferred = True
@@ -146,7 +153,7 @@ def train(config: Config, console: Console) -> int:
         counted: dict[str, jax.Array] = {}
         with (
             StepLog(config, run_dir, console, plan, stream, first_step=first_step, bad_batches=bad_batches) as log,
-            saved_on_bridge_error(checkpoints, plan, log, meta, lambda: between_steps(state, counted)),
+            saved_on_bridge_error(checkpoints, plan, log, noted, lambda: between_steps(state, counted)),
         ):
             log.note_skips(skip for table in tables.values() for skip in table.skipped)
             for step in range(first_step + (not overdue), plan.total_steps + 1):
@@ -165,7 +172,8 @@ def train(config: Config, console: Console) -> int:
                     report.print_evaluation(console, step, result, checkpoints.best_tau)
                 stopping = vote.largest(stop.number)
                 if evaluated or plan.saves_after(step) or stopping:
-                    checkpoints.save(step, state.saved(), meta, tau=finite(result.tau) if evaluated else None)
+                    log.settle()  # else a kill between this save and the next step would lose the step's line for good
+                    checkpoints.save(step, state.saved(), noted(), tau=finite(result.tau) if evaluated else None)
                 if unchecked and conversations:
                     dtype = config.target.dtype
                     same = check_first(state.params, draft, frozen(), conversations, bridge, target, dtype)
@@ -177,7 +185,8 @@ def train(config: Config, console: Console) -> int:
                     console.print(f"{why}: saved step {step}; the same command goes on from there")
                     return stopping
 
-        stop.deferred, stop.outcome = False, "it is trained to its end and saved; the same command finishes it"
+        stop.outcome = "it is trained to its end and saved; the same command finishes it"
+        stop.end_deferral()
 
         if result is None and plan.eval_rows:  # the run was complete already
             result = evaluate(FeatureStream(bridges, plan.eval_requests, mesh))
@@ -218,7 +227,11 @@ def new_state(
 
 @contextlib.contextmanager
 def saved_on_bridge_error(
-    checkpoints: Checkpoints, plan: Plan, log: StepLog, meta: dict[str, Any], trained: Callable[[], SavedState]
+    checkpoints: Checkpoints,
+    plan: Plan,
+    log: StepLog,
+    meta: Callable[[], dict[str, Any]],
+    trained: Callable[[], SavedState],
 ) -> Iterator[None]:
     """Saves what is trained before the death of a bridge ends the run; `trained` gives the state to save.
 
@@ -231,7 +244,7 @@ def saved_on_bridge_error(
         if jax.process_count() == 1 and (step := int((state := trained()).step)) > 0:
             # A step that was evaluated is saved already; `save` leaves it as it is.
             due = {"evaluation_due": True} if plan.evaluates_after(step) else {}
-            checkpoints.save(step, state, meta | due)
+            checkpoints.save(step, state, meta() | due)
         with contextlib.suppress(BridgeError):
             log.settle()  # the saved step's line
         raise

@@ -2,6 +2,8 @@
 
 DIE_WHILE_SAVING=PROCESS:STEP kills that process once it has written its part of that checkpoint, before the save is
 complete. KILL_BRIDGE=METHOD:N kills the bridge before the N-th call of that method of `FeatureStream`.
+SIGNAL=METHOD:STEP:NUMBER sends itself a signal when that step has been logged ("push") or saved ("save"). The first
+checkpoint is not compared with its export, for which there is no target, but the step is printed.
 """
 
 from __future__ import annotations
@@ -10,15 +12,17 @@ import functools
 import itertools
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import jaxdraft.bridges
+import jaxdraft.train
 from jaxdraft.bridges import BridgeError
 from jaxdraft.checkpoint import Checkpoints
 from jaxdraft.cli import run_command
 from jaxdraft.features import FeatureStream
-from jaxdraft.train import main
+from jaxdraft.step_log import StepLog
 
 
 def die_while_saving(fatal_step: int) -> None:
@@ -53,6 +57,21 @@ def kill_bridge(method: str, number: int) -> None:
     setattr(FeatureStream, method, fatal)
 
 
+def send_at(method: str, fatal_step: int, number: int) -> None:
+    kind = {"push": StepLog, "save": Checkpoints}[method]
+    original = getattr(kind, method)
+
+    def fatal(self: Any, step: int, *args: Any, **options: Any) -> None:
+        original(self, step, *args, **options)
+        if step == fatal_step:
+            if method == "save":
+                self.wait()
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)  # the interpreter looks at signals between two instructions
+
+    setattr(kind, method, fatal)
+
+
 if __name__ == "__main__":
     os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent)  # of the bridges
     for name in ("connect", "connect_team"):
@@ -64,4 +83,9 @@ if __name__ == "__main__":
     method, _, number = os.environ.get("KILL_BRIDGE", "").partition(":")
     if number:
         kill_bridge(method, int(number))
-    run_command(main, BridgeError)
+    method, _, when = os.environ.get("SIGNAL", "").partition(":")
+    if when:
+        send_at(method, *map(int, when.split(":")))
+    jaxdraft.train.check_first = lambda *_: "compared"
+    jaxdraft.train.report.print_check = lambda _, step, same: print(f"{same} at step {step}", flush=True)
+    run_command(jaxdraft.train.main, BridgeError)

@@ -380,8 +380,15 @@ def test_ctrl_c_says_how_to_go_on(server, tmp_path, capsys, monkeypatch):
     assert run(server, data, tmp_path / "o") == 0
 
 
-def test_another_interpreter_does_the_work():
+def test_another_interpreter_does_the_work(tmp_path):
     for argv in (["--data", "d", "--python", "/p", "--top-p", "1"], ["--data", "d", "--python=/p", "--top-p", "1"]):
-        assert command(argv) == ["/p", "-m", "feature_bridge.regenerate", "--data", "d", "--top-p", "1"]
+        python, *_, init, data, d, option, value = command(argv)
+        assert (python, data, d, option, value) == ("/p", "--data", "d", "--top-p", "1")
+        assert init == regenerate.__file__.replace("regenerate.py", "__init__.py")
+    # From any directory, and without this package among what the interpreter finds by itself.
+    line = command(["--data", str(tmp_path / "none"), "--output", "o", "--server", "http://x"])
+    done = subprocess.run([line[0], "-I", *line[1:]], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: --data={str(tmp_path / 'none')!r} cannot be read")
     with pytest.raises(argparse.ArgumentError, match="--python: expected one argument"):
         command(["--python"])
