@@ -102,7 +102,7 @@ class Client(Bridge):
             link.connection.take_fd,
         )
         self._weights = MappedWeights(self._start_message(SharedWeights, deadline))
-        link.hang_timeout_s = hang_timeout_s
+        link.hang_timeout_s, link.ready = hang_timeout_s, True
         link.connection.spin = spec.transport == "cuda_ipc"  # from now on answers come by the tenth of a second
 
     @property

@@ -7,6 +7,7 @@ import math
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -80,6 +81,8 @@ class Link:
     def __init__(self, process: BridgeProcess, connection: wire.Connection, name: str):
         self.process, self.connection, self.name = process, connection, name
         self.hang_timeout_s = math.inf  # while it starts, which compilers and imports may hold up
+        self.ready = False
+        self._early: deque[Any] = deque()  # what it said while another rank was waited for
         self.peers: Sequence[Link] = ()  # other ranks of its target: it cannot go on without them
 
     def send(self, message: Any) -> None:
@@ -95,6 +98,7 @@ class Link:
           BridgeError: "refused" or "died", of this process or of a peer; "timeout", it hangs.
         """
         silence = self._silence()
+        of_peers = {peer: peer._silence() for peer in self.peers}
         while True:
             try:
                 message = self._next(min(_POLL_S, deadline - time.monotonic()))
@@ -108,7 +112,11 @@ class Link:
             next(silence)
             for peer in self.peers:
                 if peer.process.has_exited():
-                    raise peer.last_words()
+                    raise peer._cause(peer.last_words())
+                if peer.ready:  # this one may wait for it, in a collective
+                    if peer._listen():
+                        of_peers[peer] = peer._silence()
+                    next(of_peers[peer])
             if time.monotonic() >= deadline:
                 return None
 
@@ -118,17 +126,19 @@ class Link:
         A bridge that is late because the machine is busy, or because it computes under the interpreter's lock, does not
         hang. Silence counts only while the process is stopped or all its threads sleep.
         """
-        silent, before, pinged, used = 0.0, time.monotonic(), time.monotonic(), self.process.cpu_seconds()
+        silent, before, looked, used = 0.0, time.monotonic(), time.monotonic(), self.process.cpu_seconds()
+        period, pinged = min(_PING_S, self.hang_timeout_s / 4), False
         while silent < self.hang_timeout_s:
             yield
             now = time.monotonic()
             silent, before = silent + min(now - before, _PING_S), now  # this process may have been stopped as well
-            if now - pinged >= _PING_S:
+            if now - looked >= period:
                 last, used = used, self.process.cpu_seconds()
-                if last is None or used is None or used - last > _IDLE * (now - pinged):
+                if last is None or used is None or used - last > _IDLE * (now - looked):
                     silent = 0.0
-                pinged = now
-                if self.hang_timeout_s < math.inf:
+                looked = now
+                if self.hang_timeout_s < math.inf and not pinged:  # once: unread ones would fill the socket
+                    pinged = True
                     with contextlib.suppress(OSError):  # it has ended, which `receive` finds out
                         self.connection.send(Ping())
         raise BridgeError(
@@ -136,6 +146,17 @@ class Link:
             f"it hangs (see {self.process.log_path}); raise bridge.hang_timeout_s if it only sleeps",
             kind="timeout",
         )
+
+    def _listen(self) -> bool:
+        """Whether it said anything; messages are kept for `receive`."""
+        waiting, self._early = self._early, deque()
+        try:
+            message = self._next(0)
+        finally:
+            self._early = waiting
+        if message is not None and not isinstance(message, Pong):
+            self._early.append(message)
+        return message is not None
 
     def last_words(self) -> BridgeError:
         """The error that says how the process ended; only after its end."""
@@ -147,6 +168,8 @@ class Link:
 
     def _next(self, timeout: float) -> Any | None:
         """The next message, if there is one in time."""
+        if self._early:
+            return self._early.popleft()
         exited = self.process.has_exited()  # asked first: its last words may still be in the socket
         try:
             message = self.connection.receive(0 if exited else timeout)
@@ -171,7 +194,9 @@ class Link:
         ended = [peer for peer in self.peers if peer.process.has_exited()]
         said = [(self, error), *((peer, peer.last_words()) for peer in ended)]
         said.sort(key=lambda words: not words[0].process.killed)  # whoever ended by itself may have missed that one
-        chosen = [words for _, words in said if words.kind == "died"] or [words for _, words in said]
+        # Who refuses a request breaks the others' collective; while they start, a death makes the others refuse.
+        telling = "refused" if self.ready and not any(link.process.killed for link, _ in said) else "died"
+        chosen = [words for _, words in said if words.kind == telling] or [words for _, words in said]
         return BridgeError("; ".join(map(str, chosen)), kind=chosen[0].kind)
 
 

@@ -117,7 +117,11 @@ class BridgeProcess:
         return f"{end}; {self._log_gist()}"
 
     def _log_gist(self) -> str:
-        with self.log_path.open("rb") as log:
+        try:
+            log = self.log_path.open("rb")
+        except OSError as error:
+            return f"its log {self.log_path} cannot be read ({error.strerror})"
+        with log:
             end = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, end - _GIST_BYTES))
             lines = log.read().decode(errors="replace").splitlines()

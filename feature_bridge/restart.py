@@ -14,6 +14,7 @@ from typing import Any
 from feature_bridge.bridge import Bridge
 from feature_bridge.client import BridgeError, Client
 from feature_bridge.contracts import Check, Checked, Decode, Decoded, Filled, Ready, Row
+from feature_bridge.cuda_ipc import CudaError
 from feature_bridge.memory import Producer
 from feature_bridge.team import Team
 
@@ -129,6 +130,8 @@ class RestartingClient(Bridge):
                 return request_id
             except BridgeError as another:
                 error = another
+            except (ValueError, OSError, CudaError) as reason:  # `connect`: no interpreter, no room here
+                error = BridgeError(f"{error}; it cannot be started again: {reason}", kind="refused")
 
 
 def _check_same(before: Ready, now: Ready) -> None:

@@ -197,6 +197,7 @@ def _follow_parent() -> None:
     only the thread that started the bridge ends, hence the look at the parent.
     """
     parent = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: exit_at_once() if os.getppid() != parent else None)
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

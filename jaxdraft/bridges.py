@@ -11,8 +11,9 @@ import contextlib
 import functools
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,12 +188,28 @@ def open_bridges(config: Config, layer_ids: Sequence[int], mesh: Mesh, log_paths
     The first one starts alone, since it leaves the data's index in the cache, then the others at the same time.
     """
     first, *others = teams(mesh, config.bridge.tensor_parallel)
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(others) or 1) as pool:
+    with contextlib.ExitStack() as stack:
 
-        def start(team: Sequence[Seat], log_path: Path) -> Bridge:
-            return stack.enter_context(open_bridge(config, layer_ids, log_path=log_path, team=team))
+        def start(team: Sequence[Seat], log_path: Path, started: Future[Bridge]) -> None:
+            try:
+                started.set_result(open_bridge(config, layer_ids, log_path=log_path, team=team))
+            except BaseException as error:
+                started.set_exception(error)
 
-        yield [start(first, log_paths[0]), *pool.map(start, others, log_paths[1:])]
+        bridges = [stack.enter_context(open_bridge(config, layer_ids, log_path=log_paths[0], team=first))]
+        starts = [Future() for _ in others]
+        for arguments in zip(others, log_paths[1:], starts, strict=False):
+            # Daemons: a signal, or the first of them that fails, does not wait for the others' targets to be loaded.
+            threading.Thread(target=start, args=arguments, name="bridge", daemon=True).start()
+        stack.callback(lambda: [started.add_done_callback(_close) for started in starts])
+        for started in wait(starts, return_when=FIRST_EXCEPTION).done:
+            started.result()
+        yield [*bridges, *(started.result() for started in starts)]
+
+
+def _close(started: Future[Bridge]) -> None:
+    if started.exception() is None:
+        started.result().close()
 
 
 def _announce_restart(sentence: str) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def served_difference(directory: str | Path, draft: DraftConfig) -> str:
 def check_first(
     state_params: Params,
     draft: DraftConfig,
-    frozen: Frozen,
+    frozen: Callable[[], Frozen],
     conversations: Sequence[Conversation],
     bridge: Bridge,
     target: TargetModel,
@@ -128,11 +128,14 @@ def check_first(
       ValueError: they differ; names what.
     """
     params = as_served(state_params)
-    if target_dtype == "bfloat16":
-        frozen = jax.tree.map(lambda matrix: matrix.astype(jnp.bfloat16), frozen)
+
+    def as_target() -> Frozen:
+        narrow = jnp.bfloat16 if target_dtype == "bfloat16" else None
+        return jax.tree.map(lambda matrix: matrix.astype(narrow or matrix.dtype), frozen())
+
     with tempfile.TemporaryDirectory(prefix="jaxdraft-first-") as scratch:
         directory = export_draft(to_tensors(params, draft), draft, target.config, Path(scratch) / "draft")
-        _, verdict = compare_systems(bridge, directory, params, draft, frozen, conversations, ("torch",))
+        _, verdict = compare_systems(bridge, directory, params, draft, as_target, conversations, ("torch",))
     if verdict.failed:
         raise ValueError(
             f"the first checkpoint, exported, is not the draft in training: {verdict.difference}; "
@@ -175,7 +178,7 @@ def check_draft(directory: str | Path, config: Config, *, num_anchors: int = 6) 
         # As the target has them: a bfloat16 target rounds a float32 checkpoint.
         frozen = held.frozen(config.target.dtype)
         systems = SYSTEMS[form_of(directory)]
-        verdicts = compare_systems(held.bridge, directory, params, draft, frozen, conversations, systems)
+        verdicts = compare_systems(held.bridge, directory, params, draft, lambda: frozen, conversations, systems)
         return [files, *verdicts, *of_the_server(systems, target)]
 
 

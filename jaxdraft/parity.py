@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ def compare_systems(
     directory: str | Path,
     params: Params,
     draft: DraftConfig,
-    frozen: Frozen,
+    frozen: Callable[[], Frozen],
     conversations: Sequence[Conversation],
     systems: Sequence[str] = SYSTEMS["dflash"],
 ) -> list[Verdict]:
@@ -174,8 +174,10 @@ def compare_systems(
     Args:
       params: the draft's, rounded as the exported tensors are.
       draft: as it was trained, whatever the directory's config.json says.
+      frozen: called again after the wait for the bridge, which may be another one by then.
     """
-    ours = jax_blocks(params, draft, frozen, conversations)
+    dtype = str(frozen().embedding.dtype)
+    ours = jax_blocks(params, draft, frozen(), conversations)
     verdicts = [
         Verdict(
             system="jax",
@@ -197,9 +199,9 @@ def compare_systems(
             },
             inputs_path,
         )
-        checked = bridge.check(str(Path(directory).resolve()), str(inputs_path), systems, str(frozen.embedding.dtype))
+        checked = bridge.check(str(Path(directory).resolve()), str(inputs_path), systems, dtype)
         for system in checked.systems:
-            verdicts.append(_verdict(system, draft, digests, ours, frozen, conversations))
+            verdicts.append(_verdict(system, draft, digests, ours, frozen(), conversations))
     return verdicts
 
 

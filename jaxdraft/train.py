@@ -176,7 +176,7 @@ def train(config: Config, console: Console) -> int:
                     checkpoints.save(step, state.saved(), noted(), tau=finite(result.tau) if evaluated else None)
                 if unchecked and conversations:
                     dtype = config.target.dtype
-                    same = check_first(state.params, draft, frozen(), conversations, bridge, target, dtype)
+                    same = check_first(state.params, draft, frozen, conversations, bridge, target, dtype)
                     report.print_check(console, step, same)
                     unchecked = False
                 if stopping:

@@ -4,7 +4,8 @@ It does as told by the request: split "eval" is an error of that request, and a 
   SLEEP: fills half a slot and then takes for ever;
   CRASH: ends the process with exit code 7;  SPAWN: forks a child that keeps its connection open, and puts
   the child's id into the log;  BREAK: raises what is no fault of the request;
-  HANG: sleeps with the interpreter's lock.
+  HANG: sleeps with the interpreter's lock;
+  REFUSE: is refused by the last rank, whose end breaks the others' collective.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from feature_bridge.contracts import (
 from feature_bridge.memory import Producer
 
 HIDDEN = 3
-SLEEP, CRASH, SPAWN, BREAK, HANG = -1, -2, -3, -4, -5
+SLEEP, CRASH, SPAWN, BREAK, HANG, REFUSE = -1, -2, -3, -4, -5, -6
 
 
 def make_spec(
@@ -97,6 +98,11 @@ class FakeWorker:
             if (child := os.fork()) == 0:
                 time.sleep(1000)
             print("child", child)
+        if REFUSE in special:
+            if self._spec.rank.index == self._spec.rank.count - 1:
+                raise ValueError("no sample of this row can be used")
+            print("RuntimeError: Connection closed by peer")
+            os._exit(1)
         if HANG in special:
             ctypes.PyDLL(None).sleep(1000)
         if BREAK in special:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from fake_worker import BREAK, CRASH, SLEEP, field_bytes, make_spec
+from fake_worker import BREAK, CRASH, HANG, SLEEP, field_bytes, make_spec
 
+from feature_bridge import link
 from feature_bridge.client import BridgeError, connect
 from feature_bridge.contracts import Row, SlotLayout
 from feature_bridge.restart import RestartingClient
@@ -176,3 +178,53 @@ def test_decoding_goes_on_with_the_next_bridge(restarting):
     decoded = client.decode("draft", (3, 5), 7)
     assert [one.sample for one in decoded.samples] == [3, 5]
     assert len(said) == 1
+
+
+def test_a_bridge_that_hears_nothing_for_long_is_late(restarting, monkeypatch):
+    """However long it is: what it does not read must not fill the socket until the trainer itself hangs."""
+    monkeypatch.setattr(link, "_PING_S", 0.002)
+    monkeypatch.setattr(link, "_POLL_S", 0.002)
+    start, _said = restarting
+    client = start(restarts=0, request_timeout_s=4.0)
+    client._client._link.hang_timeout_s = 1000.0
+    client.fill("train", rows(0, HANG))
+    with pytest.raises(BridgeError, match="did not answer request 1 within 4 s"):
+        client.next_filled()
+
+
+def test_a_short_limit_does_not_make_a_live_bridge_hang(restarting):
+    start, _said = restarting
+    client = start(restarts=0, request_timeout_s=3.0)
+    client._client._link.hang_timeout_s = 0.8
+    client.fill("train", rows(0, SLEEP))
+    with pytest.raises(BridgeError, match="did not answer request 1 within 3 s"):
+        client.next_filled()
+
+
+def test_a_death_whose_log_is_gone(restarting, tmp_path):
+    start, said = restarting
+    client = start(restarts=1)
+    (tmp_path / "log").unlink()
+    os.kill(client.pid, signal.SIGKILL)
+    client.fill("train", rows(0))
+    assert contents(client, client.next_filled()) == expected(rows(0))
+    assert "SIGKILL" in said[0]
+
+
+def test_a_bridge_that_cannot_be_started_again(tmp_path):
+    """Its interpreter is gone: still a bridge's error, at which the trainer saves."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    bridge = functools.partial(
+        connect, SPEC, log_path=tmp_path / "log", worker="fake_worker:FakeWorker", env=ENV, python=str(python)
+    )
+    with RestartingClient(bridge, 2, lambda _: None) as client:
+        python.unlink()
+        os.kill(client.pid, signal.SIGKILL)
+        client.fill("train", rows(0))
+        with pytest.raises(
+            BridgeError, match=r"was killed by SIGKILL.*cannot be started again: bridge\.python="
+        ) as caught:
+            client.next_filled()
+        assert not caught.value.retryable

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import runs
 import torch
-from fake_worker import CRASH, field_bytes, make_spec
+from fake_worker import CRASH, REFUSE, SLEEP, field_bytes, make_spec
 from safetensors.torch import save_file
 from test_torch_draft import BASE, make_peer
 
@@ -99,6 +99,29 @@ def test_a_rank_that_cannot_start_says_why(tmp_path):
     with pytest.raises(BridgeError, match=r"^rank 1 of 2 of the feature bridge: target\.path='missing'") as caught:
         start([slow, missing], tmp_path, worker="fake_worker:FakeWorker")
     assert caught.value.kind == "refused"
+
+
+def test_a_request_that_one_rank_refuses_is_told_with_its_reason(tmp_path):
+    """Not as the death of the other one, which loses its partner in a collective; no restart helps."""
+    said = []
+    team_of = functools.partial(start, ranks_of(make_spec()), tmp_path, worker="fake_worker:FakeWorker")
+    with RestartingClient(team_of, 1, said.append) as client:
+        client.fill("train", rows(0, 1, 2, samples=(1,)) + rows(3, samples=(REFUSE,)))
+        for rank in client._client._ranks:
+            assert rank._link.process.wait_for_exit(30)
+        with pytest.raises(BridgeError, match=r"^rank 1 of 2 .*: no sample of this row can be used$") as caught:
+            client.next_filled()
+        assert caught.value.kind == "refused"
+        assert said == []
+
+
+def test_a_rank_that_hangs_is_noticed_while_another_is_waited_for(tmp_path):
+    specs = ranks_of(make_spec())
+    with start(specs, tmp_path, worker="fake_worker:FakeWorker", hang_timeout_s=2.0, request_timeout_s=30.0) as team:
+        os.kill(team.pids[1], signal.SIGSTOP)
+        team.fill("train", rows(0, 1, 2, 3, samples=(SLEEP,)))  # rank 0 waits for it, and is alive
+        with pytest.raises(BridgeError, match=rf"^rank 1 of 2 .*process {team.pids[1]}\) did not answer .* it hangs"):
+            team.next_filled()
 
 
 # --- SGLang, on a CPU over gloo ---------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def main():
 
         def sglang(directory=directory):
             frozen = Frozen(embedding=embedding, head=head)
-            return compare_systems(bridge, directory, params, draft, frozen, conversations, ("sglang",))[1]
+            return compare_systems(bridge, directory, params, draft, lambda: frozen, conversations, ("sglang",))[1]
 
         found = {"good": dataclasses.asdict(sglang())}
         tensors, _ = load_draft(directory)

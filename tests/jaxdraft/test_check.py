@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -290,7 +291,7 @@ def bridge(config, draft):
         yield bridge
 
 
-def first_checkpoint(config, draft, bridge):
+def first_checkpoint(config, draft, bridge, restarts=False):
     tensors, shape = load_draft(draft)
     target = open_target(config.target)
     embedding, head = load_frozen(config.target, target, jnp.float32)
@@ -299,11 +300,34 @@ def first_checkpoint(config, draft, bridge):
     conversation = Conversation("a sample", rng.integers(0, 99, 30).astype(np.int32), features, np.int32([3, 11, 29]))
     params = {name: jnp.asarray(x, jnp.float32) for name, x in from_tensors(tensors, shape).items()}
     frozen = Frozen(embedding=embedding, head=head)
-    return check_first(params, shape, frozen, [conversation], bridge, target, config.target.dtype)
+
+    def current():
+        """A copy, which ends with the bridge's life, as a mapping does."""
+        lent.append(jax.tree.map(jnp.copy, frozen))
+        return lent[-1]
+
+    lent = []
+    if restarts:
+        real = bridge.check
+
+        def check(*args):
+            answer = real(*args)
+            for array in jax.tree.leaves(lent):
+                if not array.is_deleted():
+                    array.delete()
+            return answer
+
+        bridge = SimpleNamespace(check=check)
+    return check_first(params, shape, current, [conversation], bridge, target, config.target.dtype)
 
 
 def test_the_first_checkpoint_is_right(config, draft, bridge):
     assert first_checkpoint(config, draft, bridge).status == "same"
+
+
+def test_a_bridge_that_starts_again_while_it_checks(config, draft, bridge):
+    """The embedding and the head in the first one's memory are gone with it."""
+    assert first_checkpoint(config, draft, bridge, restarts=True).status == "same"
 
 
 @pytest.mark.parametrize("name", planted_in_the_export())

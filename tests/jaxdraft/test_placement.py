@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +14,7 @@ from feature_bridge.contracts import GpuMemory
 from jaxdraft import bridges
 from jaxdraft.bridges import Seat, memory_use, open_bridge
 from jaxdraft.config import BridgeConfig, Config, DataConfig, TargetConfig
+from jaxdraft.sharding import make_mesh
 
 HOST = [f"GPU-{i}" for i in range(4)]
 
@@ -102,3 +106,26 @@ def test_who_holds_what_of_one_gpu_or_two(monkeypatch, uuid, extra):
         "the whole GPU": 100,
     }.items() <= use.items()
     assert {name for name in use if "target's" in name} == set(extra)
+
+
+def test_a_bridge_that_is_refused_does_not_wait_for_the_others(monkeypatch):
+    ended, closed = threading.Event(), []
+    began = time.monotonic()
+
+    def open_one(config, layer_ids, *, log_path, team):
+        if team[0].rows == 1:
+            ended.wait(60)  # loads its target
+        if team[0].rows == 2:
+            raise ValueError("the target needs more memory")
+        return contextlib.closing(SimpleNamespace(close=lambda: closed.append(team[0].rows)))
+
+    monkeypatch.setattr(bridges, "open_bridge", open_one)
+    config = Config(name="x", target=TargetConfig(path="t"), data=DataConfig(train_path="d"))
+    with (
+        pytest.raises(ValueError, match="more memory"),
+        bridges.open_bridges(config, (0, 1), make_mesh(data=3, devices=jax.devices()[:3]), ["0", "1", "2"]),
+    ):
+        pass
+    assert time.monotonic() - began < 30
+    assert closed == [0]
+    ended.set()
