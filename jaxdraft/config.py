@@ -298,7 +298,8 @@ class Config:
     max_bad_batches: int = 10
     """The run ends when more batches than this had zero or non-finite features, loss or gradient."""
     check_first_checkpoint: bool = True
-    """Compare the first checkpoint, exported, with the draft in training, and end the run if they differ."""
+    """Compare the first checkpoint, exported, with the draft in training, and end the run if they differ. In a run of
+    several processes nothing is compared."""
     num_decode: int = 16
     """Held-out conversations that are actually decoded at the end; 0: none."""
     max_new_tokens: int = 512

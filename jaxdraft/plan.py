@@ -285,10 +285,10 @@ def print_plan(
 
 def check_numbers(own: Any, config: Config) -> None:
     """The command's own options. Raises ValueError: one that is not positive, or a mesh that training refuses, too."""
-    zero = ("target_params",) if own.tokens is not None else ("target_params", "tokens")
     for name in ("tokens", "target_params", *(number.name for number in fields(Machine))):
-        value = getattr(own, name) or 0
-        if not math.isfinite(value) or value < 0 or (value == 0 and name not in zero):
+        value = getattr(own, name)
+        absent = value is None or (name == "target_params" and value == 0)
+        if not absent and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"--{name.replace('_', '-')}={value} is not a positive number; give one")
     ranks, devices = config.bridge.tensor_parallel, min(own.devices, own.gpus_per_host)
     if devices % ranks:

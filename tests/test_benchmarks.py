@@ -123,7 +123,8 @@ def test_a_stopped_bridge(tmp_path):
     rows = dict(re.findall(r"^\| ([^|]*) \| (.*) \|$", result.stdout, re.M))
     assert "<!-- hang: " in result.stdout, result.stdout[-3000:] + result.stderr[-1000:]
     assert "exit code 0 -->" in result.stdout, result.stdout[-3000:]
-    assert float(rows["bridge stopped (SIGSTOP): noticed after"].split()[0]) >= 4
+    # Silence counts from the trainer's wait, which may have begun up to a ping (1 s) before the signal.
+    assert float(rows["bridge stopped (SIGSTOP): noticed after"].split()[0]) >= 3
     assert "did not answer and did nothing for 4 s: it hangs (see DIR/hang/bridge.log)" in rows["said"]
     assert rows["end of the run"] == "exit code 0, step 14 of 14"
     assert rows["loss of 14 steps"].endswith("all finite: True")

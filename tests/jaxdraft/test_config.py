@@ -226,6 +226,18 @@ def test_what_the_system_says_of_a_file_is_one_sentence(capsys):
     assert capsys.readouterr().err == "error: /no/such/file cannot be used: No such file or directory\n"
 
 
+def test_a_full_disk_is_one_sentence(capsys):
+    def write():
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    with pytest.raises(SystemExit) as exit_info:
+        run_command(write)
+    assert exit_info.value.code == 2
+    said = "error: No space left on device; free some and give the same command again\n"
+    assert capsys.readouterr().err == said
+
+
 def test_default_anchor_count_is_the_recipes_density():
     base = dict(name="a", target=TargetConfig(path="x"), draft=DraftOptions(block_size=16))
     assert Config(**base, data=DataConfig(train_path="x", row_tokens=3072)).num_anchors == 512

@@ -7,7 +7,7 @@ import pytest
 from export_helpers import CONFIG, K_NORM, TARGET, random_tensors
 from safetensors.numpy import save_file
 
-from jaxdraft.convert import load_draft, parse_draft_config
+from jaxdraft.convert import Arguments, convert, load_draft, parse_draft_config
 from jaxdraft.export import export_draft, hf_config
 
 
@@ -38,6 +38,9 @@ def test_reads_old_and_new_config_forms():
         ({"dflash_config": {"target_layer_ids": [2, 1, 4], "mask_token_id": 96}}, "target_layer_ids"),
         ({"dflash_config": {"target_layer_ids": [1, 2, 7], "mask_token_id": 96}}, "target_layer_ids"),
         ({"dflash_config": {"target_layer_ids": [1, 2, 4], "mask_token_id": 97}}, "mask_token_id"),
+        ({"rope_parameters": {"rope_theta": None}}, "has a field of the wrong type"),
+        ({"rms_norm_eps": None}, "has a field of the wrong type"),
+        ({"target_layer_ids": 3, "dflash_config": {"mask_token_id": 96}}, "has a field of the wrong type"),
         (
             {"dflash_config": {"target_layer_ids": [1], "mask_token_id": 9, "projector_type": "domino"}},
             "projector_type",
@@ -61,3 +64,16 @@ def test_load_refuses_a_missing_tensor_and_an_empty_directory(tmp_path):
         load_draft(tmp_path / "draft")
     with pytest.raises(ValueError, match=r"config\.json"):
         load_draft(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("output", ["above/draft", "above"])
+def test_a_draft_does_not_end_with_its_conversion(tmp_path, output):
+    """`above` is an earlier export, which the command would replace with all that is in it."""
+    export_draft(random_tensors(), CONFIG, TARGET, tmp_path / "above")
+    export_draft(random_tensors(), CONFIG, TARGET, tmp_path / "above" / "draft")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "config.json").write_text(json.dumps(TARGET))
+    paths = {"draft": str(tmp_path / "above" / "draft"), "target": str(tmp_path / "target")}
+    with pytest.raises(ValueError, match="holds --draft and would replace it"):
+        convert(Arguments(**paths, output=str(tmp_path / output)))
+    load_draft(tmp_path / "above" / "draft")

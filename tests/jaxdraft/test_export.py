@@ -210,6 +210,20 @@ def test_replaces_an_export_and_nothing_else(tmp_path):
     assert (precious / "thesis.txt").read_text() == "years"
 
 
+def test_a_file_stays_and_a_link_to_a_directory_stays_a_link(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ValueError, match="file is a file; give a directory"):
+        export_draft(random_tensors(), CONFIG, TARGET, tmp_path / "file")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    for seed in (1, 2):
+        export_draft(random_tensors(seed=seed), CONFIG, TARGET, tmp_path / "link")
+    assert (tmp_path / "file").read_text() == "precious"
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "file", "link"]
+
+
 def test_a_crash_leaves_the_earlier_export(tmp_path, monkeypatch):
     directory = tmp_path / "draft"
     export_draft(random_tensors(seed=1), CONFIG, TARGET, directory)

@@ -86,7 +86,7 @@ def test_an_output_that_cannot_be(run_dir, tmp_path):
         export_run(dataclasses.replace(export, output=str(tmp_path / "file" / "draft")))
     draft = str(tmp_path / "draft")
     again = ConvertArguments(draft=draft, output=f"{draft}/../draft", target=str(run_dir.parent / "target"))
-    with pytest.raises(ValueError, match="--output .* is --draft itself"):
+    with pytest.raises(ValueError, match="--output .* holds --draft and would replace it"):
         convert(again)
     assert load_draft(tmp_path / "draft")[1] == SLIDING
 

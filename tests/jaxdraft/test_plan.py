@@ -253,3 +253,26 @@ def test_a_draft_to_start_from_decides_the_shape(tmp_path, capsys):
         main(["--config", "tiny_qwen35vl.py", *start])
         sizes.append(float(re.search(r"export ([\d.]+)", capsys.readouterr().out)[1]))
     assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tflops", "0"], "--tflops=0.0 is not a positive number"),
+        (["--link-gbs", "nan"], "--link-gbs=nan is not a positive number"),
+        (["--tokens", "0"], "--tokens=0.0 is not a positive number"),
+        (["--tokens", "inf"], "--tokens=inf is not a positive number"),
+        (["--target-params", "-3"], "--target-params=-3.0 is not a positive number"),
+        (["--devices", "4", "--bridge.tensor-parallel", "3"], "tensor_parallel=3 does not divide the 4 GPUs of a host"),
+        (["--devices", "16", "--bridge.tensor-parallel", "16"], "tensor_parallel=16 does not divide the 8 GPUs"),
+        (["--draft.init-from", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_training_refuses_is_not_planned(options, message):
+    with pytest.raises(ValueError, match=message):
+        main(["--config", "tiny_qwen35vl.py", *options])
+
+
+def test_a_run_may_end_before_its_epochs_do(capsys):
+    main(["--config", "tiny_qwen35vl.py", "--tokens", "1", "--max-steps", "3"])
+    assert "5 epochs, 3 steps" in capsys.readouterr().out
