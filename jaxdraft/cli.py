@@ -259,12 +259,15 @@ def run_command(main: Callable[[], int | None], *known: type[Exception]) -> None
 
 def _one_sentence(boxed: str, argv: Sequence[str], others: Sequence[str]) -> str:
     """tyro's complaint without its box: the problem, the nearest option, and where to look."""
-    title, *lines = [line[2:-2].strip() for line in boxed.strip().splitlines()]  # a frame of two characters
-    rule = next((i for i, line in enumerate(lines) if line and set(line) <= set("─-")), len(lines))
+    # Framed with lines, or, where the terminal has no such characters, with spaces and a rule below the title.
+    title, *lines = [line.strip(" │╭╮╰╯") for line in boxed.strip().splitlines()]
+    title, lines = title.strip("─ "), [line if line.strip("─-") else "" for line in lines if line]
+    lines = lines[1:] if lines[:1] == [""] else lines
+    rule = lines.index("") if "" in lines else len(lines)
     look = "--help lists every field with its type"
     if title.startswith("Required options"):
         return f"missing: {', '.join(line.split()[0] for line in lines[:rule] if line.startswith('--'))}; {look}"
-    problem = " ".join(line for line in lines[:rule] if line).rstrip(".") or boxed.strip()
+    problem = " ".join(lines[:rule]).rstrip(".") or boxed.strip()
     if match := re.match(r"Error parsing (--)?([^:]*): (.*)", problem):
         if not match[1]:  # the config's own sentence, which says what to do
             return match[3]

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,17 @@ def test_a_hint_looks_among_the_commands_own_options_first(unicode, capsys, monk
     with pytest.raises(SystemExit):
         parse_command(parser(), ["--help"])
     assert "usage: x --config NAME" in capsys.readouterr().out
+
+
+def test_a_terminal_without_lines_for_boxes_reads_the_same(monkeypatch):
+    wrong = [*TINY, "--data.row-token", "5"]
+    said = []
+    for encoding in ("utf-8", "latin-1"):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+        with pytest.raises(ValueError, match="did you mean --data.row-tokens") as error:
+            parse_args(wrong)
+        said.append(str(error.value))
+    assert said[0] == said[1]
 
 
 def test_missing_options_are_named():
