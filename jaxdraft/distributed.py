@@ -87,6 +87,12 @@ def _number(given: int | None, env: str | None) -> int | None:
     return given if given is not None else int(env) if env else None
 
 
+def own_index(config: Config) -> int:
+    """Of this process among all of the run, before they are joined. Raises as `find_place`."""
+    place = find_place(config.distributed, os.environ)
+    return 0 if place is None else place.index
+
+
 @contextlib.contextmanager
 def joined(config: Config) -> Iterator[None]:
     """All processes of the run, joined; to be entered before anything asks JAX for a device.

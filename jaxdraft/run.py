@@ -29,16 +29,18 @@ VERSIONED = ("jaxdraft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
 @contextlib.contextmanager
-def locked(config: Config) -> Iterator[None]:
+def locked(config: Config, index: int) -> Iterator[None]:
     """Keeps other trainers out of OUTPUT_DIR/NAME; the kernel lets go of it when this process ends, however it does.
+
+    Args:
+      index: of this process among those of the run, which each lock a file of their own, before they join: those of
+        another start would be taken for them.
 
     Raises:
       ValueError: another process trains this run, or the directory cannot be written.
     """
-    if not is_first():
-        yield
-        return
-    file = config.run_dir.with_name(f".{config.name}.lock")  # beside it: `fresh` moves the directory itself
+    # Beside the directory, which `fresh` moves.
+    file = config.run_dir.with_name(f".{config.name}.lock" + (f".{index}" if index else ""))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = file.open("a")

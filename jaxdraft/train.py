@@ -62,10 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_args(sys.argv[1:] if argv is None else argv)
     limit_gpu_memory(config.trainer.memory_fraction)
     try:
-        with distributed.joined(config):
+        with locked(config, distributed.own_index(config)), distributed.joined(config):
             runtime.configure()
-            with locked(config):
-                number = train(config, Console(quiet=not distributed.is_first()))
+            number = train(config, Console(quiet=not distributed.is_first()))
     except Stopped as stopped:
         number = stopped.number
     return exit_code(number) if number else 0

@@ -37,12 +37,22 @@ def directory(tmp_path_factory):
 
 
 def test_two_trainers_of_one_run(directory):
-    with locked(load_config(str(directory / "small.py"))):
+    with locked(load_config(str(directory / "small.py")), 0):
         code, output = run(directory, "--fresh")
     assert code == 2
     assert f"the run {directory}/runs/small is trained by another process; wait for it" in output
     assert "Traceback" not in output
     assert not (directory / "runs" / "small").exists()
+
+
+def test_each_process_of_a_run_keeps_out_its_like(directory):
+    config = load_config(str(directory / "small.py"))
+    with locked(config, 0), locked(config, 1):
+        for index in (0, 1):
+            with pytest.raises(ValueError, match="is trained by another process"), locked(config, index):
+                pass
+    with locked(config, 1):
+        pass
 
 
 def test_a_run_stopped_before_its_first_checkpoint_is_compared_compares_the_next(directory):
