@@ -179,7 +179,6 @@ def train(config: Config, console: Console) -> int:
                     report.print_check(console, step, same)
                     unchecked = False
                 if stopping:
-                    log.settle()
                     why = stop.received or "another process has to end"
                     console.print(f"{why}: saved step {step}; the same command goes on from there")
                     return stopping
