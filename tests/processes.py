@@ -56,7 +56,7 @@ def start(
     ]
 
 
-def finish(processes: Sequence[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str]]:
+def finish(processes: Sequence[subprocess.Popen], timeout: float = 900) -> list[tuple[int, str]]:
     """Exit code and output of each, all of them ended."""
     outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]

@@ -64,7 +64,7 @@ def start(config: Path, *args: str, **env: str) -> subprocess.Popen:
 def run(config: Path, *args: str, **env: str) -> tuple[int, str]:
     """Exit code and output of a whole run."""
     process = start(config, *args, **env)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=900)
     return process.returncode, output
 
 
@@ -88,7 +88,7 @@ def kill_at(
     """Signals the trainer or its bridge once `step` is logged; the trainer's exit code and output."""
     wait_for_step(process, run_dir, step)
     os.kill(process.pid if victim == "trainer" else wait_for_bridge(process), number)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=900)
     return process.returncode, output
 
 
@@ -126,7 +126,7 @@ def _wait_for(process: subprocess.Popen, condition: Callable[[psutil.Process], b
     assert process.poll() is None, f"ended before {what}: {process.communicate()[0][-2000:]}"
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 240) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 900) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "timed out"

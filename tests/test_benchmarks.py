@@ -19,7 +19,7 @@ TINY = ROOT / "configs" / "tiny"
 
 def test_step_quick():
     command = [sys.executable, "-m", "benchmarks.step", "--quick", "--profile", "1", "--peers"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "attention auto = xla" in result.stdout
     rows = re.findall(r"^\| tiny \| ours, attention auto(, with optimizer)? \| [\d.]+ \|", result.stdout, re.M)
@@ -37,7 +37,7 @@ def test_step_quick():
 
 def test_attention_quick():
     command = [sys.executable, "-m", "benchmarks.step_attention", "--quick"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     assert re.findall(r"^\| (\d+) \| (whole|S/4) \| [\d,]+ \|", result.stdout, re.M) == [
         ("48", "whole"), ("48", "S/4"), ("96", "whole"), ("96", "S/4")
@@ -46,7 +46,7 @@ def test_attention_quick():
 
 def test_families():
     command = [sys.executable, "-m", "benchmarks.families", "--families", "qwen2_5_vl"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     row = result.stdout.splitlines()[-1]
     text, one, several, video, mixed = re.fullmatch(
@@ -87,10 +87,20 @@ def test_serve(tmp_path):
     python.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT}/tests/fake_sglang:$PYTHONPATH exec {sys.executable} "$@"\n')
     python.chmod(0o700)
     command = [sys.executable, "-m", "benchmarks.serve", "--draft", str(tmp_path / "draft"), "--number", "2"]
-    command += ["--engine-python", str(python), "--out", str(tmp_path / "out"), "--faults", "", "--"]
+    command += [
+        "--engine-python",
+        str(python),
+        "--out",
+        str(tmp_path / "out"),
+        "--faults",
+        "",
+        "--engine-limit",
+        "900",
+        "--",
+    ]
     command += ["--target.backend", "huggingface", "--bridge.feature-dtype", "float32", "--data.num-workers", "1"]
     command += ["--data.eval-path", str(tmp_path / "eval.jsonl")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     assert "equal to the target's alone: 2 of 2" in result.stdout
     assert "length in the server is not the training sample's: 0" in result.stdout
@@ -105,7 +115,7 @@ def test_bridge_quick(tmp_path):
         ["benchmarks.bridge_row", str(tmp_path), "--quick", "--phases", "hand-over,capture", "--rows", "3"],
     ):
         result = subprocess.run(
-            [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+            [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False
         )
         assert result.returncode == 0, result.stderr[-2000:]
     table = dict(line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("| "))
@@ -118,7 +128,7 @@ def test_a_stopped_bridge(tmp_path):
     command = [sys.executable, "-m", "benchmarks.bridge", "--quick", "--parts", "hang", "--out", str(tmp_path)]
     fast = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}  # to compile
     result = subprocess.run(
-        command, cwd=ROOT, env=os.environ | fast, capture_output=True, text=True, timeout=600, check=False
+        command, cwd=ROOT, env=os.environ | fast, capture_output=True, text=True, timeout=1800, check=False
     )
     rows = dict(re.findall(r"^\| ([^|]*) \| (.*) \|$", result.stdout, re.M))
     assert "<!-- hang: " in result.stdout, result.stdout[-3000:] + result.stderr[-1000:]
@@ -135,7 +145,7 @@ def test_several_gpus(tmp_path):
     """On virtual devices: a mesh beside one device, and a bridge on each of two."""
     command = [sys.executable, "-m", "benchmarks.several_gpus", "--quick", "--devices", "2", "--out", str(tmp_path)]
     command += ["--parts", "steps,bridge", "--meshes", "fsdp", "--targets", "each"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     rows = dict(re.findall(r"^\| ([^|]*) \| (.*) \|$", result.stdout, re.M))
     assert float(rows["fsdp=2: losses 1 and 20"].split()[-1]) < 1e-3

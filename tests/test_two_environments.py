@@ -38,7 +38,7 @@ def test_a_run_across_two_environments(pythons, tmp_path):
     trainer, bridge = pythons
     config = runs.write_config(runs.write_data(tmp_path, train=12))
     command = [trainer, "-m", "jaxdraft.train", "--config", config, "--bridge.python", bridge, "--max-steps", "4"]
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     metrics = runs.metrics(tmp_path / "runs" / "small")
     assert list(metrics) == [1, 2, 3, 4]

@@ -80,6 +80,6 @@ data = DataSpec(train_path=None, max_length=64, min_supervised=2)
 load_target(BridgeSpec(target=target, data=data, rows_per_slot=1, row_tokens=64, num_slots=2, feature_dtype="float32",
             transport="shared_memory"))
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=240)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=900)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "bridge.verify: relative error of sglang" in run.stdout

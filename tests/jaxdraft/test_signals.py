@@ -66,7 +66,7 @@ def test_a_run_that_has_not_begun_ends_at_once_with_its_bridge(tmp_path):
     process = runs.start(runs.write_config(runs.write_data(tmp_path)))
     bridge = runs.wait_for_bridge(process)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGINT, output[-2000:]
     assert "SIGINT: stopped; nothing was trained yet" in output
     assert f"starting the bridge: index, then target (log: {tmp_path}/runs/small/bridge.log) ..." in output
