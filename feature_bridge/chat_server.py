@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +47,8 @@ class Server:
 
     async def model(self) -> str:
         """The first model that it serves."""
-        return (await self._request("GET", "/models", None)).json()["data"][0]["id"]
+        response = await self._request("GET", "/models", None)
+        return self._read(response, lambda answer: answer["data"][0]["id"], "a list of models")
 
     async def ask(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
         """The first choice of a chat completion; {"error": ..} for a request that the server will never take."""
@@ -56,7 +58,15 @@ class Server:
         response = await self._request("POST", "/chat/completions", body)
         if response.status_code != 200:
             return {"error": f"HTTP {response.status_code}: {' '.join(response.text.split())[:300]}"}
-        return response.json()["choices"][0]
+        return self._read(response, lambda answer: dict(answer["choices"][0]), "a chat completion")
+
+    def _read(self, response: Any, part: Callable[[Any], Any], wanted: str) -> Any:
+        """A part of an answer's JSON. Raises ServerError: the answer is not what is wanted."""
+        try:
+            return part(response.json())
+        except (ValueError, LookupError, TypeError) as error:
+            shown = f"HTTP {response.status_code}: {' '.join(response.text.split())[:100]}"
+            raise ServerError(f"{response.url} did not answer with {wanted} ({shown}); check --server") from error
 
     async def _request(self, method: str, path: str, body: Any) -> Any:
         """Tries again, each time after a longer wait; raises ServerError when the retries are used up."""

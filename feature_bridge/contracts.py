@@ -289,6 +289,7 @@ class DecodedSample:
     tokens: tuple[int, ...]  # by speculative decoding, through the end-of-turn token
     target_tokens: tuple[int, ...]  # by the target alone; none where they are sampled
     accept_lens: tuple[int, ...]
+    near_tie: bool = False  # the two texts part where the target's own logits of both tokens are equal up to rounding
 
 
 @dataclass(frozen=True, kw_only=True)

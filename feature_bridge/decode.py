@@ -13,11 +13,13 @@ Legend: N conversations, A context tokens = the anchor's position, B block slots
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Collection, Sequence
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
+import numpy as np
 from torch import Tensor
 
 from feature_bridge.contracts import Decode, Decoded, DecodedSample
@@ -28,6 +30,7 @@ from feature_bridge.requests import request_of
 from feature_bridge.samples import Sample
 from feature_bridge.sampling import draft_distributions, speculate_sampled
 from feature_bridge.targets.base import Request, Target, placeholder_ids
+from feature_bridge.targets.probe import TOLERANCE
 from feature_bridge.torch_draft import TorchDraft
 
 
@@ -55,8 +58,14 @@ def decode(target: Target, processor: Processor, index: Index, request: Decode) 
     return Decoded(
         request_id=request.request_id,
         samples=tuple(
-            DecodedSample(sample=position, tokens=g.tokens, target_tokens=tokens, accept_lens=g.accept_lens)
-            for position, g, tokens in zip(request.samples, generated, alone, strict=True)
+            DecodedSample(
+                sample=position,
+                tokens=g.tokens,
+                target_tokens=tokens,
+                accept_lens=g.accept_lens,
+                near_tie=part_at_a_near_tie(target, prompt, g.tokens, tokens),
+            )
+            for position, prompt, g, tokens in zip(request.samples, prompts, generated, alone, strict=True)
         ),
         seconds=time.monotonic() - began,
     )
@@ -74,6 +83,22 @@ def _greedy_once(
     new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
     known.update(zip(new, greedy(target, list(new.values()), stop, request.max_new_tokens), strict=True))
     return [known[key] for key in keys]
+
+
+def part_at_a_near_tie(target: Target, prompt: Request, a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two answers first differ in tokens whose logits the target cannot tell apart.
+
+    An extend of another length rounds otherwise, and two bfloat16 logits are often a unit in the last place apart: then
+    speculative decoding and the target alone may each take another one, and both are right.
+    """
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    if at is None:
+        return False
+    request = dataclasses.replace(prompt, tokens=np.concatenate([prompt.tokens, np.int32(a[:at])]))
+    ((_, logits),) = extend(target, [request], [1], lambda logits: logits)
+    scores, limit = logits[0].float(), TOLERANCE[logits.dtype]
+    behind = scores.max() - scores[[a[at], b[at]]].min()
+    return bool(behind <= limit * scores.abs().max())
 
 
 def prompt_of(sample: Sample, processor: Processor) -> Request:

@@ -25,6 +25,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from feature_bridge import conversations
 from feature_bridge.chat_server import Sampling, Server, ServerError
@@ -266,7 +267,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--concurrency and --max-tokens are at least 1, --retries and --temperature at least 0")
     if not 0 < args.top_p <= 1 or not args.timeout > 0:
         raise ValueError("--top-p is above 0 and at most 1, --timeout above 0")
-    if not args.server.startswith(("http://", "https://")):
+    try:
+        known = urlsplit(args.server).scheme in ("http", "https") and urlsplit(args.server).port != 0
+    except ValueError:  # no such port
+        known = False
+    if not known:
         raise ValueError(f"--server {args.server} is not a URL; give http://HOST:PORT")
     if args.output.exists():
         raise ValueError(f"--output {args.output} is there already; remove it, or give another name")

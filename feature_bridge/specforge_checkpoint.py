@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from feature_bridge.model_files import first_line
 from feature_bridge.torch_draft import read_shape, weight_names
 
 STATE_FILE = "training_state.pt"
@@ -38,12 +39,20 @@ def convert(checkpoint: Path, draft_config: Path, output: Path) -> Path:
         raise ValueError(f"--output {output} is there already; give another directory")
     try:
         config = json.loads(draft_config.read_text())
-        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        shape = read_shape(config)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {draft_config} or {state_file}: {error}") from error
+        raise ValueError(f"cannot read {draft_config}: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{draft_config} is not a DFlash draft's config ({error!r}); give its own") from error
+    try:
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of the file, of torch's reader and of its unpickler
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"cannot read {state_file}, which may be cut off ({why}); copy it again") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{state_file} is not a SpecForge checkpoint; give a checkpoint of a SpecForge training")
     if state.get("strategy") not in (None, "dflash"):
         raise ValueError(f"{state_file} is of strategy {state['strategy']!r}; only a 'dflash' draft can be converted")
-    shape = read_shape(config)
     # SpecForge strips its wrapper's prefix when it saves; older releases did not.
     weights = {name.removeprefix("draft_model."): w for name, w in state.get("draft_state_dict", {}).items()}
     weights = {name: w.contiguous() for name, w in weights.items() if "rotary_emb" not in name}
@@ -61,13 +70,15 @@ def convert(checkpoint: Path, draft_config: Path, output: Path) -> Path:
 
 
 def find_state(checkpoint: Path) -> Path:
-    """The `training_state.pt` meant. Raises ValueError: there is none."""
+    """The `training_state.pt` meant. Raises ValueError: there is none, or those of several runs."""
     if checkpoint.is_file():
         return checkpoint
     if (checkpoint / STATE_FILE).is_file():
         return checkpoint / STATE_FILE
-    steps = {p.parent.name.rpartition("-step")[2]: p for p in checkpoint.glob(f"*-step*/{STATE_FILE}")}
-    numbered = {int(step): file for step, file in steps.items() if step.isdigit()}
+    names = [(*file.parent.name.rpartition("-step")[::2], file) for file in checkpoint.glob(f"*-step*/{STATE_FILE}")]
+    numbered = {int(step): file for _, step, file in names if step.isdigit()}
+    if len(runs := sorted({run for run, step, _ in names if step.isdigit()})) > 1:
+        raise ValueError(f"--checkpoint {checkpoint} holds several runs ({', '.join(runs)}); give a checkpoint")
     if not numbered:
         raise ValueError(f"--checkpoint {checkpoint} holds no {STATE_FILE}; give a checkpoint of a SpecForge training")
     return numbered[max(numbered)]

@@ -63,6 +63,10 @@ def read_shape(config: dict[str, Any]) -> DraftShape:
     if config.get("attention_bias"):
         raise ValueError("the draft's attention_bias=true is not supported; use a draft without biases")
 
+    for name in ("mask_token_id", "target_layer_ids"):
+        if either(name) is None:
+            raise ValueError(f"the draft's {name} is missing; write what it was trained with into dflash_config")
+
     num_layers = config["num_hidden_layers"]
     layer_types = config.get("layer_types") or ["full_attention"] * num_layers
     sliding = [kind == "sliding_attention" for kind in layer_types]

@@ -114,8 +114,13 @@ class DecodeResult:
 
     @property
     def lossless(self) -> bool:
-        """Every text is, token for token, the target's own greedy output."""
-        return all(s.tokens == s.target_tokens for s in self.samples)
+        """Every text is the target's own greedy output: token for token, or as far as rounding decides the next one."""
+        return all(s.tokens == s.target_tokens or s.near_tie for s in self.samples)
+
+    @property
+    def near_ties(self) -> int:
+        """Texts that part from the target's own where its logits of both tokens are equal up to rounding."""
+        return sum(s.near_tie for s in self.samples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +194,7 @@ def summarise(result: EvalResult, decoded: DecodeResult | None) -> dict[str, Any
             "tau_decoded_mean": decoded.mean_tau,
             "num_decoded": len(decoded.samples),
             "lossless": decoded.lossless,
+            "near_ties": decoded.near_ties,
             "replay_compared": same.compared,
             "replay_identical": same.identical,
             "replay_agrees": same.agrees if same.compared else None,

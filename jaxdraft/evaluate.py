@@ -235,6 +235,8 @@ def print_evaluation(console: Console, summary: dict[str, Any]) -> None:
     if not summary["num_decoded"]:
         return
     own = "token for token the target's own greedy output"
+    if summary.get("near_ties"):
+        own += f", {summary['near_ties']} of them up to a token where the target's two best nearly tie"
     console.print(f"decoded text: {own if summary['lossless'] else 'NOT the output of the target'}", highlight=False)
     console.print(
         f"replay and decoding: the same accepted lengths in {summary['replay_identical']} of "

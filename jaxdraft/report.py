@@ -120,4 +120,6 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         verdict = (
             "token for token the target's own greedy output" if summary["lossless"] else "NOT the target's own output"
         )
+        if summary.get("near_ties"):
+            verdict += f", {summary['near_ties']} of them up to a token where the target's two best nearly tie"
         say(console, f"decoded output: {verdict}")

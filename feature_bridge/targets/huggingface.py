@@ -74,8 +74,8 @@ class HuggingFaceTarget:
         )
         self._model = model.eval().requires_grad_(False).to(device)
         self.layer_ids = spec.layer_ids
-        self.max_tokens = max_tokens
         text = text_config(self.config)
+        self.max_tokens = min(max_tokens, getattr(text, "max_position_embeddings", None) or max_tokens)
         self._capture: Capture = capture if has_deepstack(self.config) else "layer_output"
         self.info = TargetInfo(
             path=str(directory),

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -59,19 +60,21 @@ def find(request: Request, config: Any, max_tokens: int) -> Visuals:
     vision = config.vision_config
     tokens_per_second = getattr(vision, "tokens_per_second", None)
     timed = bool(tokens_per_second and request.video_grids)  # Qwen2.5-VL's positions follow a video's time
+    # `get_rope_index` reads the token after every opening bracket; a text that is cut off may end with one.
+    tokens = np.append(request.tokens, np.int32(config.vision_end_token_id))
     positions, delta = MRotaryEmbedding.get_rope_index(
         spatial_merge_size=vision.spatial_merge_size,
         image_token_id=config.image_token_id,
         video_token_id=config.video_token_id,
         vision_start_token_id=config.vision_start_token_id,
         model_type=config.model_type,  # not vision_config's
-        input_ids=torch.from_numpy(request.tokens).long()[None],
+        input_ids=torch.from_numpy(tokens).long()[None],
         image_grid_thw=torch.tensor(request.image_grids) if request.image_grids else None,
         video_grid_thw=torch.tensor(request.video_grids) if request.video_grids else None,
         second_per_grid_ts=torch.tensor(request.seconds_per_step) if timed else None,
         tokens_per_second=tokens_per_second,
     )
-    return Visuals(items, positions.squeeze(1), delta)
+    return Visuals(items, positions.squeeze(1)[:, :-1], delta)
 
 
 def company_of(extend: Sequence[Visuals]) -> int:

@@ -85,6 +85,8 @@ def batches(config: Any) -> dict[str, list[Request]]:
         named["one video"] = [videos(config, [(9, 4, 4)], 1.0, 10)]
         named["videos"] = [texts[0], videos(config, [(3, 4, 6), (2, 8, 4)], 0.5, 11, image=True), texts[2], two]
         named["same pixels"] = same_pixels(config)
+        opening = np.int32([config.vision_start_token_id])  # of a text, cut off there
+        named["bracket at the end"] = [dataclasses.replace(one, tokens=np.concatenate([one.tokens, opening]))]
         named["mixed again"] = named["mixed"]
     else:
         named["texts again"] = texts

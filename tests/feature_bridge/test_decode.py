@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from text_target import open_target, write_target
 
 from feature_bridge.contracts import DataSpec, Decode, TargetSpec
-from feature_bridge.decode import decode, draft_proposer, greedy, prompt_of, speculate
+from feature_bridge.decode import decode, draft_proposer, greedy, part_at_a_near_tie, prompt_of, speculate
 from feature_bridge.index import build_indexes
 from feature_bridge.targets.base import Request
 from feature_bridge.torch_draft import TorchDraft, read_shape
@@ -166,6 +166,35 @@ def test_the_context_of_the_target_is_a_limit(target, proposer):
     (generated,) = speculate(target, proposer, [request], set(), 50)
     assert generated.tokens == greedy(target, [request], set(), 50)[0]
     assert len(generated.tokens) == 5  # of max_tokens=200
+
+
+@pytest.mark.parametrize(("dtype", "near", "far"), [("float32", 1e-6, 1e-3), ("bfloat16", 2.0**-7, 0.1)])
+def test_texts_that_part_where_two_logits_are_a_rounding_apart(dtype, near, far, target, prompts, monkeypatch):
+    request, answer = prompts[2], greedy(target, [prompts[2]], set(), 6)[0]
+    best = answer[3]
+    for behind in (0.0, near, far):
+
+        def logits(hidden, behind=behind):
+            scores = torch.full((len(hidden), 11), -1.0)
+            scores[:, best], scores[:, best - 1] = 4.0, 4.0 * (1 - behind)
+            return scores.to(getattr(torch, dtype))
+
+        monkeypatch.setattr(target, "logits", logits)
+        other = (*answer[:3], best - 1, *answer[3:])
+        assert part_at_a_near_tie(target, request, other, answer) == (behind <= near)
+        assert part_at_a_near_tie(target, request, answer, other) == (behind <= near)
+        assert not part_at_a_near_tie(target, request, (*answer[:3], best - 2), answer)
+    assert not part_at_a_near_tie(target, request, answer, answer)
+    assert not part_at_a_near_tie(target, request, answer[:3], answer)
+
+
+def test_the_context_in_the_targets_config_is_a_limit(target, tmp_path):
+    import shutil
+
+    directory = shutil.copytree(target.info.path, tmp_path / "target")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    assert open_target(directory, layer_ids=(0, 2)).max_tokens == 64  # of max_tokens=200
 
 
 def test_refuses_a_draft_of_other_layers(target):

@@ -348,6 +348,7 @@ def test_a_wrong_address_is_one_sentence(tmp_path, capsys, monkeypatch):
     ("options", "said"),
     [
         (["--server", "localhost:30000"], "error: --server localhost:30000 is not a URL; give http://HOST:PORT"),
+        (["--server", "http://localhost:300000"], "error: --server http://localhost:300000 is not a URL"),
         (["--temperature", "nan"], "error: --concurrency and --max-tokens"),
         (["--timeout", "0"], "error: --top-p is above 0"),
         (["--retries", "x"], "error: argument --retries: invalid int value: 'x'; --help"),
@@ -364,6 +365,25 @@ def test_a_wrong_option_is_one_sentence(options, said, server, tmp_path, capsys)
     assert code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(said.replace("{tmp}", str(tmp_path)))
+
+
+@pytest.mark.parametrize("answer", [{"object": "error"}, {"data": [], "choices": []}, ["<html>"], "<html>"])
+@pytest.mark.parametrize("path", ["/models", "/chat/completions"])
+def test_a_server_of_another_kind_is_one_sentence(path, answer, server, tmp_path, capsys, monkeypatch):
+    sent = chat_server.Server._request
+
+    async def request(self, method, asked, body):
+        response = await sent(self, method, asked, body)
+        if asked == path:
+            response._content = json.dumps(answer).encode() if answer != "<html>" else b"<html>"
+        return response
+
+    monkeypatch.setattr(chat_server.Server, "_request", request)
+    data = write(tmp_path / "data.jsonl", [{"messages": [user("1"), old()]}])
+    assert run(server, data, tmp_path / "o") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {server.url}/v1{path} did not answer with a ")
+    assert line.endswith("; check --server")
 
 
 def test_ctrl_c_says_how_to_go_on(server, tmp_path, capsys, monkeypatch):

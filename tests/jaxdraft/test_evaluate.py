@@ -320,6 +320,9 @@ def test_agreement_compares_the_targets_own_answers_only():
     assert decoded.lossless
     wrong = dataclasses.replace(decoded.samples[0], target_tokens=(0, 1, 2, 3, 9))
     assert not DecodeResult((wrong,), 5).lossless
+    tied = DecodeResult((decoded.samples[0], dataclasses.replace(wrong, near_tie=True)), 5)
+    assert tied.lossless
+    assert tied.near_ties == 1
 
 
 def test_summary_is_json_without_nan():

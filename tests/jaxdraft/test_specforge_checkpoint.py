@@ -54,3 +54,36 @@ def test_mistakes_are_one_sentence(given, capsys):
     assert convert(directory) == 2
     assert "e.g. layers.2" in capsys.readouterr().err
     assert not (directory / "draft").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dflash_config": {"mask_token_id": None, "target_layer_ids": [0]}}, "mask_token_id is missing"),
+        ({"dflash_config": {"mask_token_id": 1}}, "target_layer_ids is missing"),
+        ({"num_attention_heads": None, "head_dim": None}, "is not a DFlash draft's config"),
+    ],
+)
+def test_a_config_without_what_the_training_found_elsewhere(change, said, given, capsys):
+    """SpecForge's own configs leave the mask token to the tokenizer."""
+    directory, _ = given
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | change))
+    assert convert(directory) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"no pickle"])
+def test_a_checkpoint_that_is_not_whole(damage, given, capsys):
+    directory, _ = given
+    file = directory / "run" / "the-run-step10" / "training_state.pt"
+    file.write_bytes(damage(file.read_bytes()))
+    assert convert(directory) == 2
+    assert f"cannot read {file}, which may be cut off" in capsys.readouterr().err
+
+
+def test_checkpoints_of_several_runs(given, capsys):
+    directory, _ = given
+    (directory / "run" / "the-run-step9").rename(directory / "run" / "another-step9")
+    assert convert(directory) == 2
+    assert "holds several runs (another, the-run)" in capsys.readouterr().err
