@@ -7,9 +7,11 @@ row position needs no field of its own: it is the step (see `data.Schedule`).
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,30 @@ RESUME_MAY_CHANGE = frozenset({
 })  # fmt: skip
 
 
+# Of these, what all processes of a run must have alike all the same: else they would wait for each other for ever.
+SHARED_BY_PROCESSES = frozenset({
+    "eval_interval", "save_interval", "keep_checkpoints", "max_bad_batches", "num_decode",
+    "rows_per_device", "accumulation", "data.eval_rows", "mesh.data", "mesh.fsdp", "mesh.tensor",
+})  # fmt: skip
+
+
 class _First:
     """Keeps the run's first checkpoint, the baseline that the last one is compared with."""
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         return [i == 0 for i in range(len(checkpoints))]
+
+
+class _Best:
+    """Keeps the checkpoint with the highest held-out tau; `tau`: of a checkpoint, None before its evaluation."""
+
+    def __init__(self, tau: Callable[[Any], float | None]):
+        self._tau = tau
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        rated = [(tau, c.step) for c in checkpoints if (tau := self._tau(c)) is not None]
+        best = max(rated, default=(None, None))[1]
+        return [c.step == best for c in checkpoints]
 
 
 class Checkpoints:
@@ -47,11 +68,13 @@ class Checkpoints:
     def __init__(self, run_dir: Path, *, keep: int, read_only: bool = False):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file at INFO
         policies = ocp.training.preservation_policies
-        best = policies.BestN(get_metric_fn=lambda m: m["tau"], n=1, keep_checkpoints_without_metrics=False)
+        # Of checkpoints that were evaluated by a later start only: a bridge had died before (`train`).
+        self._late_file = run_dir / "late_tau.json"
+        self._late: dict[str, float] = json.loads(self._late_file.read_text()) if self._late_file.is_file() else {}
         others = set(threading.enumerate())
         self._checkpointer = ocp.training.Checkpointer(
             run_dir.resolve() / "checkpoints",
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best, _First()]),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self._tau), _First()]),
             cleanup_tmp_directories=not read_only,
         )
         self._cleaners = set(threading.enumerate()) - others
@@ -85,12 +108,26 @@ class Checkpoints:
 
     @property
     def _best(self) -> tuple[float, int] | tuple[None, None]:
-        rated = [(c.metrics["tau"], c.step) for c in self._checkpointer.checkpoints if c.metrics]
+        rated = [(tau, c.step) for c in self._checkpointer.checkpoints if (tau := self._tau(c)) is not None]
         return max(rated, default=(None, None))
 
+    def _tau(self, checkpoint: Any) -> float | None:
+        return checkpoint.metrics["tau"] if checkpoint.metrics else self._late.get(str(checkpoint.step))
+
+    def is_rated(self, step: int) -> bool:
+        """Whether the checkpoint of this step has a held-out tau."""
+        return any(c.step == step and self._tau(c) is not None for c in self._checkpointer.checkpoints)
+
     def save(self, step: int, state: Any, meta: dict[str, Any], *, tau: float | None = None) -> None:
-        """Starts saving in the background; waits only for the save before it. A step that is there already is kept."""
+        """Starts saving in the background; waits only for the save before it. A step that is there already is kept, and
+        only its tau is noted if it had none."""
         if self.latest is not None and step <= self.latest:
+            if tau is not None and not self.is_rated(step):
+                self._late[str(step)] = float(tau)
+                if jax.process_index() == 0:
+                    scratch = self._late_file.with_suffix(".tmp")
+                    scratch.write_text(json.dumps(self._late) + "\n")
+                    os.replace(scratch, self._late_file)
             return
         metrics = None if tau is None else {"tau": float(tau)}
         self._checkpointer.save_async(step, state, metrics=metrics, custom_metadata=meta, force=True)
@@ -160,15 +197,36 @@ def check_resume(saved: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
       ValueError: names the first such field, both values, and the remedy.
     """
+    if difference := _difference(saved, now, RESUME_MAY_CHANGE):
+        field, old, new = difference
+        raise ValueError(
+            f"{field}={new!r} differs from the checkpoint's {old!r}; "
+            "restore the old value, or start a new run with --fresh or another --name"
+        )
+
+
+def check_alike(first: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses a process whose meta says that it would train something else than the `first` process of the run.
+
+    Raises:
+      ValueError: names the first such field and both values.
+    """
+    if difference := _difference(first, now, RESUME_MAY_CHANGE - SHARED_BY_PROCESSES):
+        field, theirs, own = difference
+        raise ValueError(
+            f"{field}={own!r} differs from process 0's {theirs!r}; give all processes of a run the same config and data"
+        )
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any], allowed: Set[str]) -> tuple[str, Any, Any] | None:
+    """The first field, by name, that differs and may not, with both values."""
     own = ("versions", "evaluation_due", "unchecked")  # of one checkpoint, not of the run
-    old, new = (_flatten({k: v for k, v in meta.items() if k not in own}) for meta in (saved, now))
+    old, new = (_flatten({k: v for k, v in meta.items() if k not in own}) for meta in (old, new))
     for name in sorted(old.keys() | new.keys()):
         field = name.removeprefix("config.")
-        if field not in RESUME_MAY_CHANGE and old.get(name) != new.get(name):
-            raise ValueError(
-                f"{field}={new.get(name)!r} differs from the checkpoint's {old.get(name)!r}; "
-                "restore the old value, or start a new run with --fresh or another --name"
-            )
+        if field not in allowed and old.get(name) != new.get(name):
+            return field, old.get(name), new.get(name)
+    return None
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -243,18 +243,24 @@ def run_command(main: Callable[[], int | None], *known: type[Exception]) -> None
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)  # a write that fails so names no file
-        if error.filename is None and not full:
+        if (sentence := of_system(error)) is None:
             raise
-        failed = f"{error.filename} cannot be used: {error.strerror}"
-        remedy = f"{error.strerror}; free some and give the same command again"
-        print(f"error: {remedy if full else failed}", file=sys.stderr)
+        print(f"error: {sentence}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130
     sys.stdout.flush()
     sys.exit(code)
+
+
+def of_system(error: BaseException) -> str | None:
+    """What the operating system says of a file by name or of a full disk, in one sentence; None for another error."""
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a write that fails so names no file
+        return f"{error.strerror}; free some and give the same command again"
+    return None if error.filename is None else f"{error.filename} cannot be used: {error.strerror}"
 
 
 def _one_sentence(boxed: str, argv: Sequence[str], others: Sequence[str]) -> str:

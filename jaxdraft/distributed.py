@@ -8,8 +8,10 @@ but in a way that names nobody. So each one also keeps a file in OUTPUT_DIR/.NAM
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxdraft.cli import of_system
 from jaxdraft.config import Config, DistributedConfig
 from jaxdraft.signals import Stopped, exit_code
 
@@ -87,55 +90,64 @@ def _number(given: int | None, env: str | None) -> int | None:
     return given if given is not None else int(env) if env else None
 
 
-def own_index(config: Config) -> int:
-    """Of this process among all of the run, before they are joined. Raises as `find_place`."""
-    place = find_place(config.distributed, os.environ)
-    return 0 if place is None else place.index
-
-
 @contextlib.contextmanager
-def joined(config: Config) -> Iterator[None]:
-    """All processes of the run, joined; to be entered before anything asks JAX for a device.
+def joined(config: Config, place: Place | None) -> Iterator[None]:
+    """All processes of the run, joined; to be entered before anything asks JAX for a device. `place`: this one's.
 
     In a run of several processes an error in one ends them all, with exit code 2 and one sentence that names it; so
     does a signal before the first step or after the last.
     """
-    place = find_place(config.distributed, os.environ)
     if place is None:
         yield
         return
     timeout = config.distributed.timeout_s
     watch = _Watch(config.run_dir.with_name(f".{config.name}.hosts"), place, timeout)
-    watch.start()
     try:
         # Its own time-outs come after ours, which name a process: what it says when they pass is a stack trace.
         patience = int(timeout if place.count is None else 2 * timeout + 30)
-        jax.distributed.initialize(
-            coordinator_address=place.address,
-            num_processes=place.count,
-            process_id=place.index,
-            # Where a scheduler starts several processes on a host, JAX gives each the one GPU of its local index.
-            local_device_ids=() if place.local_count == 1 else None,
-            initialization_timeout=patience,
-            heartbeat_timeout_seconds=int(2 * timeout + 30),
-        )
+        with _ctrl_c_ends():  # while it waits for the others Python's own handler would wait, too
+            watch.start()
+            jax.distributed.initialize(
+                coordinator_address=place.address,
+                num_processes=place.count,
+                process_id=place.index,
+                # Where a scheduler starts several processes on a host, JAX gives each the one GPU of its local index.
+                local_device_ids=() if place.local_count == 1 else None,
+                initialization_timeout=patience,
+                heartbeat_timeout_seconds=int(2 * timeout + 30),
+            )
         watch.expect(jax.process_count())
         yield
+        wait_for_all("end of the run")  # watched: the first one may decode for minutes, and end in an error
         watch.leave("")
-        wait_for_all("end of the run")
         jax.distributed.shutdown()
     except BaseException as error:
         if isinstance(error, jax.errors.JaxRuntimeError):
             time.sleep(timeout + 10 * _BEAT_S)  # a collective broke off: `_Watch` will say whose fault it is
         known = isinstance(error, (ValueError, RuntimeError, Stopped))
-        sentence = str(error) if known else repr(error)
+        sentence = str(error) if known else of_system(error)
+        known, sentence = sentence is not None, sentence or repr(error)
         if not known and not isinstance(error, SystemExit):
             sys.excepthook(type(error), error, error.__traceback__)
         watch.leave(sentence or "an error")
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.stdout.flush()
+        if place.index == 0:
+            time.sleep(3 * _BEAT_S)  # they read why: when JAX's coordinator is gone, JAX ends them with a stack trace
         # (JAX would wait for the others, which wait for this one.)
         os._exit(exit_code(error.number) if isinstance(error, Stopped) else 2)
+
+
+@contextlib.contextmanager
+def _ctrl_c_ends() -> Iterator[None]:
+    """Ctrl-C ends the process at once, unless it was started to ignore it."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 class _Watch:
@@ -230,6 +242,18 @@ def wait_for_all(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def beside_first(value: Any) -> tuple[Any, Any]:
+    """What the first process gave, and this one; JSON, and the same object twice in a run of one process."""
+    if jax.process_count() == 1:
+        return value, value
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    first = multihost_utils.broadcast_one_to_all(text if is_first() else np.zeros(size, np.uint8))
+    return json.loads(np.asarray(first, np.uint8).tobytes()), json.loads(text.tobytes())
 
 
 class Vote:

@@ -29,17 +29,16 @@ VERSIONED = ("jaxdraft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
 @contextlib.contextmanager
-def locked(config: Config, index: int) -> Iterator[None]:
+def locked(config: Config, index: int = 0) -> Iterator[None]:
     """Keeps other trainers out of OUTPUT_DIR/NAME; the kernel lets go of it when this process ends, however it does.
 
-    Args:
-      index: of this process among those of the run, which each lock a file of their own, before they join: those of
-        another start would be taken for them.
+    Every process of a run has a lock of its own, by its `index`, and takes it before it joins the others: a second
+    start is refused in all of them, and nothing of it reaches the processes of the run that is under way.
 
     Raises:
       ValueError: another process trains this run, or the directory cannot be written.
     """
-    # Beside the directory, which `fresh` moves.
+    # Beside it: `fresh` moves the directory itself.
     file = config.run_dir.with_name(f".{config.name}.lock" + (f".{index}" if index else ""))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

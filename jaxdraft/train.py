@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from rich.console import Console
 from jaxdraft import distributed, report, runtime
 from jaxdraft.bridges import BridgeError, memory_use, open_bridges
 from jaxdraft.check import check_first
-from jaxdraft.checkpoint import Checkpoints, abstract_like, check_resume
+from jaxdraft.checkpoint import Checkpoints, abstract_like, check_alike, check_resume
 from jaxdraft.cli import parse_args, run_command
 from jaxdraft.config import Config
 from jaxdraft.eval_result import EvalResult, finite
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_args(sys.argv[1:] if argv is None else argv)
     limit_gpu_memory(config.trainer.memory_fraction)
     try:
-        with locked(config, distributed.own_index(config)), distributed.joined(config):
+        place = distributed.find_place(config.distributed, os.environ)
+        with locked(config, 0 if place is None else place.index), distributed.joined(config, place):
             runtime.configure()
             number = train(config, Console(quiet=not distributed.is_first()))
     except Stopped as stopped:
@@ -80,6 +82,7 @@ def train(config: Config, console: Console) -> int:
       Stopped: by a signal, before the first step or after the last.
     """
     started = time.perf_counter()
+    same_command = "the same command" + (" without --fresh" if config.fresh else "")
     if config.data.train_path is None:
         raise ValueError("data.train_path is missing; give a JSONL file or a folder with the training conversations")
 
@@ -106,6 +109,8 @@ def train(config: Config, console: Console) -> int:
         tables = bridge.ready.indexes
         lengths, eval_lengths = column_lengths(tables["train"]), column_lengths(tables.get("eval"))
         plan = make_plan(config, lengths, eval_lengths, num_row_groups(mesh))
+        meta = run_meta(config, draft, plan, bridge.ready)
+        check_alike(*distributed.beside_first(meta | {"eval_digest": index_digest(tables.get("eval"))}))
         report.print_plan(console, plan)
 
         # The state: new, or exactly that of the latest checkpoint.
@@ -115,14 +120,14 @@ def train(config: Config, console: Console) -> int:
         print_memory(console, memory_use(bridge, mesh.local_devices[0]), frozen)
         key = jax.random.key(config.seed)
         state = new_state(config, draft, options, mesh, frozen, key, start_params)
-        meta = run_meta(config, draft, plan, bridge.ready)
         if checkpoints.latest is not None:
             check_resume(checkpoints.meta(checkpoints.latest), meta)
             state = state.resumed(checkpoints.restore(checkpoints.latest, abstract_like(state.saved())), options)
             console.print(f"resuming from step {checkpoints.latest}")
-            stop.outcome = f"the same command goes on from step {checkpoints.latest}"
+            stop.outcome = f"{same_command} goes on from step {checkpoints.latest}"
         first_step = int(state.step)
         overdue = first_step > 0 and "evaluation_due" in checkpoints.meta(first_step)
+        overdue &= not checkpoints.is_rated(first_step)  # by a resume before this one
 
         train_step = make_train_step(draft, config.loss, config.optim, options, frozen, mesh=mesh)
         eval_step = make_eval_step(draft, config.loss, options, frozen, mesh=mesh)
@@ -180,10 +185,10 @@ def train(config: Config, console: Console) -> int:
                     unchecked = False
                 if stopping:
                     why = stop.received or "another process has to end"
-                    console.print(f"{why}: saved step {step}; the same command goes on from there")
+                    console.print(f"{why}: saved step {step}; {same_command} goes on from there")
                     return stopping
 
-        stop.outcome = "it is trained to its end and saved; the same command finishes it"
+        stop.outcome = f"it is trained to its end and saved; {same_command} finishes it"
         stop.end_deferral()
 
         if result is None and plan.eval_rows:  # the run was complete already
@@ -261,6 +266,10 @@ def bridge_logs(run_dir: Path) -> list[Path]:
     """A log for each bridge that this process may have."""
     process = "" if distributed.is_first() else f".{jax.process_index()}"
     return [run_dir / f"bridge{i or ''}{process}.log" for i in range(jax.local_device_count())]
+
+
+def index_digest(table: Any | None) -> str | None:
+    return None if table is None else table.digest
 
 
 def column_lengths(table: Any | None) -> np.ndarray:

@@ -55,6 +55,18 @@ def test_a_stopped_slurm_job_is_queued_again(tmp_path, ends_with, queued):
         assert (tmp_path / "again").read_text() == "requeue 7\n"
 
 
+@pytest.mark.parametrize(("starts", "fresh"), [("0", True), ("1", False)])
+def test_a_slurm_job_begins_anew_at_its_first_start_alone(tmp_path, starts, fresh):
+    (tmp_path / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@" > args\n')
+    (tmp_path / "srun").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": starts}
+    command = ["bash", str(LAUNCH / "slurm.sbatch"), "qwen35vl.py", "--fresh", "--name", "two words"]
+    subprocess.run(command, cwd=tmp_path, env=env, check=True)
+    words = (tmp_path / "args").read_text().splitlines()
+    assert ("--fresh" in words) == fresh
+    assert words[-2:] == ["--name", "two words"]
+
+
 def test_the_image_has_what_the_job_starts():
     docker = (LAUNCH / "Dockerfile").read_text()
     for environment in ("/opt/trainer", "/opt/bridge"):

@@ -13,10 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdraft.checkpoint import (
     RESUME_MAY_CHANGE,
+    SHARED_BY_PROCESSES,
     Checkpoints,
     _flatten,
     abstract_like,
     as_json,
+    check_alike,
     check_resume,
     load_params,
     pick_step,
@@ -47,6 +49,24 @@ def test_latest_first_and_best_are_kept(tmp_path):
     params, meta = load_params(tmp_path, "best")
     np.testing.assert_array_equal(params["fc"], state_at(2).params["fc"])
     assert meta == {"mask_token_id": 7, "step": 2}
+
+
+def test_a_tau_that_comes_later_counts(tmp_path):
+    """Of a step that was saved before it was evaluated, because a bridge died."""
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state_at(1), {}, tau=2.0)
+        checkpoints.save(2, state_at(2), {})
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert (checkpoints.best, checkpoints.is_rated(2)) == (1, False)
+        checkpoints.save(2, state_at(0), {}, tau=4.0)
+        assert (checkpoints.best, checkpoints.best_tau, checkpoints.is_rated(2)) == (2, 4.0, True)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(3, state_at(3), {}, tau=3.0)
+        checkpoints.save(4, state_at(4), {}, tau=1.0)
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")) == [1, 2, 4]
+    params, meta = load_params(tmp_path, "best")
+    assert meta["step"] == 2
+    np.testing.assert_array_equal(params["fc"], state_at(2).params["fc"])
 
 
 def test_what_a_killed_save_left_is_gone_when_a_run_ends(tmp_path):
@@ -140,6 +160,15 @@ def test_resume_refuses_by_name(path, value):
         check_resume(META, changed(path, value))
 
 
+@pytest.mark.parametrize("path", [("config", "eval_interval"), ("config", "mesh", "data"), ("index_digest",)])
+def test_what_processes_must_have_alike(path):
+    """Some of it may change between two starts, but not between the processes of one."""
+    first = META | {"config": META["config"] | {"eval_interval": 5}}
+    check_alike(first, changed(("config", "target", "path"), "/elsewhere", first))
+    with pytest.raises(ValueError, match=rf"{path[-1]}=7 differs from process 0's .* the same config and data"):
+        check_alike(first, changed(path, 7, first))
+
+
 MEMORY_ARGS = ("mem_fraction_static", "max_total_tokens")
 
 
@@ -147,6 +176,7 @@ def test_every_field_that_decides_what_is_trained_is_refused():
     config = as_json(load_config("tiny_qwen35vl"))
     known = _flatten(config).keys() | {f"bridge.sglang_args.{name}" for name in MEMORY_ARGS}
     assert known >= RESUME_MAY_CHANGE, "a name that is no field allows nothing"
+    assert RESUME_MAY_CHANGE > SHARED_BY_PROCESSES
     decisive = {f"{part}.{name}" for part in ("draft", "loss", "optim") for name in config[part]} - {"draft.init_from"}
     decisive |= {f"data.{name}" for name in ("row_tokens", "too_long", "eval_fraction", "max_pixels", "video_fps")}
     decisive |= {f"target.{name}" for name in config["target"]} - {"target.path"}

@@ -6,6 +6,7 @@ client that would be started with what they found are replaced.
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from pathlib import Path
@@ -72,7 +73,7 @@ def joins(monkeypatch, tmp_path):
             data=DataConfig(train_path="train.jsonl"),
             distributed=DistributedConfig(**options),
         )
-        with joined(config):
+        with joined(config, find_place(config.distributed, os.environ)):
             found = jax_distributed.global_state.num_processes
         return told["address"], found, told["process"], visible.get("jax_cuda_visible_devices")
 

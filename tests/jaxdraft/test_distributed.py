@@ -162,3 +162,54 @@ def test_a_host_that_is_lost_is_named(config, tmp_path, number):
     name = f"process 1 ({socket.gethostname()}:{processes[1].pid})"
     assert f"{name} gave no sign of life within distributed.timeout_s=10 s" in output
     assert "Traceback" not in output
+
+
+def test_ctrl_c_ends_a_process_that_waits_for_the_others(config, tmp_path):
+    (process,) = start(config, tmp_path, 4, processes=2, only=0)
+    runs.wait_until((tmp_path / ".small.hosts" / "0").exists)
+    process.send_signal(signal.SIGINT)
+    ((code, output),) = finish([process], timeout=30)
+    assert code == -signal.SIGINT, output[-2000:]
+    assert "Traceback" not in output
+
+
+def test_a_second_start_leaves_the_first_alone(config, tmp_path):
+    """Both of its processes are refused before they join anybody: the first run's coordinator, say."""
+    args = [*mesh(2, 1, 1, 4), "--max-steps", "4000"]
+    first = start(config, tmp_path, 1, *args, processes=2)
+    runs.wait_for_step(first[0], tmp_path / "small", 1)
+    for code, output in finish(start(config, tmp_path, 1, *args, processes=2)):
+        assert code == 2, output[-2000:]
+        assert output.startswith(f"error: the run {tmp_path}/small is trained by another process")
+    time.sleep(2)  # what they wrote would be noticed within 0.5 s
+    assert [process.poll() for process in first] == [None, None]
+    first[0].send_signal(signal.SIGTERM)
+    assert [code for code, _ in finish(first)] == [128 + signal.SIGTERM] * 2
+
+
+def test_processes_with_different_configs_are_refused(config, tmp_path):
+    """Each would train on rows and weights of its own, and the result would be neither's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    args = [*mesh(2, 1, 1, 4), "--distributed.timeout-s", "60"]
+    (first,), (second,) = (
+        start(config, tmp_path, 1, *args, *own, processes=2, only=index, JAX_COORDINATOR_ADDRESS=address)
+        for index, own in enumerate(([], ["--seed", "5"]))
+    )
+    ended = finish([first, second])
+    sentence = "seed=5 differs from process 0's 0; give all processes of a run the same config and data"
+    assert [code for code, _ in ended] == [2, 2], "\n".join(output[-2000:] for _, output in ended)
+    assert f"ended: {sentence}" in ended[0][1]
+    assert f"error: {sentence}" in ended[1][1]
+
+
+def test_an_error_at_the_end_is_one_sentence_on_all(config, tmp_path):
+    """While the second process waits for the first one, which exports, decodes and sums up."""
+    (tmp_path / "small" / "summary.json").mkdir(parents=True)
+    ended = finish(start(config, tmp_path, 1, *mesh(2, 1, 1, 4), "--max-steps", "1", processes=2))
+    assert [code for code, _ in ended] == [2, 2], "\n".join(output[-2000:] for _, output in ended)
+    sentence = f"{tmp_path}/small/summary.tmp cannot be used: Is a directory"
+    assert f"error: {sentence}" in ended[0][1]
+    assert f"ended: {sentence}" in ended[1][1]
+    assert not any(word in output for _, output in ended for word in ("Traceback", "Terminating process"))

@@ -57,8 +57,9 @@ def test_each_process_of_a_run_keeps_out_its_like(directory):
 
 def test_a_run_stopped_before_its_first_checkpoint_is_compared_compares_the_next(directory):
     out = ["--output-dir", str(directory / "stopped")]
-    code, output = run(directory, *out, SIGNAL=f"push:1:{signal.SIGTERM:d}")
+    code, output = run(directory, *out, "--fresh", SIGNAL=f"push:1:{signal.SIGTERM:d}")
     assert code == 128 + signal.SIGTERM, output[-3000:]
+    assert "saved step 1; the same command without --fresh goes on from there" in " ".join(output.split())
     assert "compared" not in output
     code, output = run(directory, *out, SIGNAL=f"save:3:{signal.SIGKILL:d}")  # saved, and not yet compared
     assert code == -signal.SIGKILL

@@ -55,6 +55,8 @@ def test_a_run_whose_bridge_dies_everywhere(tmp_path):
         ours, calm = runs.metrics(out / "small", split), runs.metrics(tmp_path / "calm" / "small", split)
         assert list(ours) == list(calm) == steps
         assert [ours[step]["loss"] for step in steps] == [calm[step]["loss"] for step in steps]
+    with Checkpoints(out / "small", keep=9, read_only=True) as checkpoints:
+        assert all(map(checkpoints.is_rated, [2, 4, 5])), "a later evaluation counts for the best"
     (_, ours), (_, calm) = saved(out / "small"), saved(tmp_path / "calm" / "small")
     for name in ("samples", "tokens", "bad_batches"):
         np.testing.assert_array_equal(ours[name], calm[name], err_msg=name)
