@@ -1,6 +1,6 @@
 # make demo: set up .venv and run the main job on the embedded target. make test: set up and test.
-# PYTHON picks the interpreter (3.11). TORCH_INDEX names a package index with CPU builds of torch: without one, PyPI's torch
-# brings gigabytes of CUDA along (a plain `make demo TORCH_INDEX=<PyTorch's CPU wheel index>` avoids it).
+# PYTHON picks the interpreter (3.11). TORCH_INDEX names a package index with CPU builds of torch: without one, PyPI's
+# torch brings gigabytes of CUDA along (a plain `make demo TORCH_INDEX=<PyTorch's CPU wheel index>` avoids it).
 PYTHON ?= python3.11
 export TORCH_INDEX ?=
 REQ := feature_bridge/requirements

@@ -1,4 +1,4 @@
-"""Which targets SGLang captures here, and how far from transformers: the table of the README's "Targets".
+"""Which targets SGLang captures here, and how far from transformers: the tables of docs/families.md.
 
     python -m benchmarks.families                        every family, tiny random weights, float32 on the CPU
     python -m benchmarks.families --families qwen3 llama

@@ -69,7 +69,10 @@ class Server:
             raise ServerError(f"{response.url} did not answer with {wanted} ({shown}); check --server") from error
 
     async def _request(self, method: str, path: str, body: Any) -> Any:
-        """Tries again, each time after a longer wait; raises ServerError when the retries are used up."""
+        """Tries again, each time after a longer wait.
+
+        Raises ServerError: the retries are used up, or the address or the key is wrong.
+        """
         for attempt in range(self._retries + 1):
             try:
                 response = await self._client.request(method, self._url + path, json=body)

@@ -164,7 +164,7 @@ def draft_proposer(draft: TorchDraft, target: Target) -> Proposer:
     shape = draft.shape
     if shape.target_layer_ids != target.layer_ids:
         raise ValueError(
-            f"the draft reads layers {list(shape.target_layer_ids)} but target.layer_ids={list(target.layer_ids)}; "
+            f"the draft reads layers {list(shape.target_layer_ids)} but this bridge captures {list(target.layer_ids)}; "
             "start the bridge with the draft's own layers"
         )
     logits = block_logits(draft, target)

@@ -38,7 +38,6 @@ class Processor:
     vision_start_token_id: int | None
     vision_end_token_id: int | None
     videos: VideoRules | None = None
-    stand_in: str | None = None  # CPU stand-in in use, if any
 
     def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
         """The chat template's text, thinking off where the template knows that switch."""
@@ -126,7 +125,7 @@ def load_processor(
     """
     if revision is None and not Path(path).is_dir():
         raise ValueError(f"target.path={path!r} is not a folder here; give one, or a hub id with target.revision")
-    stand_in = torchvision_ops.ensure()
+    torchvision_ops.ensure()
     import transformers
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -140,17 +139,10 @@ def load_processor(
         ) from error
     tokenizer = getattr(loaded, "tokenizer", loaded)
     eos = _eos_token_ids(transformers, path, options) | {tokenizer.eos_token_id} - {None}
-    return make_processor(loaded, eos, data=data, path=path, stand_in=stand_in)
+    return make_processor(loaded, eos, data=data, path=path)
 
 
-def make_processor(
-    loaded: Any,
-    eos_token_ids: set[int],
-    *,
-    data: DataSpec | None = None,
-    path: str = "",
-    stand_in: str | None = None,
-) -> Processor:
+def make_processor(loaded: Any, eos_token_ids: set[int], *, data: DataSpec | None = None, path: str = "") -> Processor:
     """Wraps a transformers processor or tokenizer that is loaded already. Raises ValueError, as `load_processor`."""
     tokenizer = getattr(loaded, "tokenizer", loaded)
     image_processor = getattr(loaded, "image_processor", None)
@@ -181,7 +173,6 @@ def make_processor(
         or _token_id(tokenizer, "<|vision_start|>"),  # Qwen2.5-VL's processor does not carry it
         vision_end_token_id=_token_id(tokenizer, "<|vision_end|>"),
         videos=None if video_processor is None else _video_rules(loaded, video_processor, limits),
-        stand_in=stand_in,
     )
 
 

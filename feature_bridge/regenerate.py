@@ -53,7 +53,10 @@ class Journal:
     """Answers so far, one JSON object a line, the first of them the identity of what is being answered."""
 
     def __init__(self, path: Path, identity: dict[str, Any]):
-        """Open and read a journal, or begin one. Raises ValueError: it belongs to other data or other sampling."""
+        """Open and read a journal, or begin one.
+
+        Raises ValueError: it belongs to other data or other sampling, or another run is writing it.
+        """
         self.answers: dict[tuple[int, int], Answer] = {}
         self._file = path.open("ab", buffering=0)  # every line is the kernel's at once: SIGKILL loses none
         try:

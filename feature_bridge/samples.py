@@ -289,7 +289,7 @@ def _cut(
     if len(tokens) <= data.max_length:
         return len(tokens)
     if data.too_long == "drop":
-        raise SampleError("too long", f"{len(tokens)} tokens, more than data.max_length={data.max_length}")
+        raise SampleError("too long", f"{len(tokens)} tokens, more than data.row_tokens={data.max_length}")
     for start, end in [*spans, *video_spans]:
         first = start - (
             start > 0 and tokens[start - 1] == processor.vision_start_token_id

@@ -46,7 +46,7 @@ from feature_bridge.samples import Sample
 from feature_bridge.targets import load_target, read_text_config, resolve_directory
 from feature_bridge.targets.base import Request, Target
 
-MAX_UNREADABLE = 32  # samples in succession; if more have changed or are gone, the data has
+MAX_UNREADABLE = 32  # samples in succession; if so many have changed or are gone, the data has
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +111,8 @@ class Worker:
         """Write every array of a slot. A sample whose pictures are gone or broken by now is masked out of its row.
 
         Raises:
-          ValueError: a row does not fit, even once torch has given back the memory that it keeps for later; or the
-            target gave features that cannot be true.
+          ValueError: a row does not fit, even once torch has given back the memory that it keeps for later; the
+            target gave features that cannot be true; or so many samples are unreadable that the data must be gone.
         """
         if self._ranks is None:  # ranks of one target do not try again: the others would not repeat the row
             with contextlib.suppress(torch.OutOfMemoryError):

@@ -2,8 +2,8 @@
 
     python -m jaxdraft.check --draft DIR --config NAME [--any.field value ...]
 
-The same held-out conversations (text, one picture, several) through the JAX draft and, in the bridge, through every
-system that loads the directory: what each understood of config.json, the tensors it holds, its hidden states, the
+The same held-out conversations (text, one picture, several, a video) through the JAX draft and, in the bridge, through
+every system that loads the directory: what each understood of config.json, the tensors it holds, its hidden states, the
 logits of the target's head on them, the blocks it proposes and how much of them is accepted. An engine that misreads a
 draft still answers right, only slower; here it is an error with a name. A run checks its first checkpoint by itself.
 
@@ -138,7 +138,7 @@ def check_first(
         _, verdict = compare_systems(bridge, directory, params, draft, as_target, conversations, ("torch",))
     if verdict.failed:
         raise ValueError(
-            f"the first checkpoint, exported, is not the draft in training: {verdict.difference}; "
+            f"this checkpoint, exported, is not the draft in training: {verdict.difference}; "
             "this is a fault of the export and not of the run: keep its checkpoints"
         )
     return verdict

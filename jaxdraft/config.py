@@ -211,7 +211,7 @@ class TrainerConfig:
     """The JAX process."""
 
     memory_fraction: float | None = None
-    """Share of each GPU's memory that JAX takes at start; None: XLA_PYTHON_CLIENT_MEM_FRACTION, or JAX's own 0.75."""
+    """Share of each GPU's memory that JAX takes at start; None: XLA_CLIENT_MEM_FRACTION, or JAX's own 0.75."""
     map_frozen: bool = True
     """On one GPU, use the target's embedding and LM head in the bridge's memory; False: load them a second time."""
 
@@ -255,7 +255,7 @@ class Config:
     """Train a DFlash draft."""
 
     name: str
-    """Name of the run: everything it writes is in OUTPUT_DIR/NAME."""
+    """Name of the run, whose directory is OUTPUT_DIR/NAME."""
     output_dir: str = "runs"
     """Where runs are kept."""
     target: TargetConfig
@@ -298,8 +298,8 @@ class Config:
     max_bad_batches: int = 10
     """The run ends when more batches than this had zero or non-finite features, loss or gradient."""
     check_first_checkpoint: bool = True
-    """Compare the first checkpoint, exported, with the draft in training, and end the run if they differ. In a run of
-    several processes nothing is compared."""
+    """Compare the first checkpoint, exported, with the draft in training, and end the run if they differ; where a run
+    stopped before that, the next checkpoint. In a run of several processes nothing is compared."""
     num_decode: int = 16
     """Held-out conversations that are actually decoded at the end; 0: none."""
     max_new_tokens: int = 512

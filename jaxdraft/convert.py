@@ -36,7 +36,8 @@ def load_draft(directory: str | Path) -> tuple[dict[str, np.ndarray], DraftConfi
     tensors: dict[str, np.ndarray] = {}
     for file in sorted(directory.glob("*.safetensors")):
         with open_tensors(file, "flax") as stored:  # numpy's own reader knows no bfloat16
-            tensors |= {name.removeprefix("model."): np.asarray(stored.get_tensor(name)) for name in stored.keys()}  # noqa: SIM118
+            names = stored.keys()
+            tensors |= {name.removeprefix("model."): np.asarray(stored.get_tensor(name)) for name in names}
     if form_of(directory) == "speculators":
         tensors = {name: tensor for name, tensor in tensors.items() if name not in OF_THE_TARGET}
     if not tensors:

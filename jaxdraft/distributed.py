@@ -95,7 +95,7 @@ def joined(config: Config, place: Place | None) -> Iterator[None]:
     """All processes of the run, joined; to be entered before anything asks JAX for a device. `place`: this one's.
 
     In a run of several processes an error in one ends them all, with exit code 2 and one sentence that names it; so
-    does a signal before the first step or after the last.
+    does a signal before the first step or after the last; only the process that got it ends with 128 + its number.
     """
     if place is None:
         yield

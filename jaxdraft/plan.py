@@ -2,9 +2,10 @@
 
     python -m jaxdraft.plan --config NAME --devices N [options]
 
-Memory of a device, work, time and traffic of a step, disk, hours. Runs on the CPU and reads only the target's
-config.json. What lies in memory before and after a step is computed from the shapes and shardings that training uses,
-and equals XLA's own count; activations, time and traffic are estimates by the formulas below.
+Memory of a device, work, time and traffic of a step, disk, hours. Runs on the CPU and reads JSON files alone: the
+target's, and those of draft.init_from. What lies in memory before and after a step is computed from the shapes and
+shardings that training uses, and equals XLA's own count; activations, time and traffic are estimates by the formulas
+below.
 
 f, d, t: sizes of the mesh axes; h: hidden size; q, k: widths of all query and of all key heads; m: width of the MLP;
 `blocks` and `context`: tokens on one device, rows·N·B and rows·S.
@@ -284,7 +285,7 @@ def print_plan(
 
 
 def check_numbers(own: Any, config: Config) -> None:
-    """The command's own options. Raises ValueError: one that is not positive, or a mesh that training refuses, too."""
+    """Raises ValueError: an option of the command is not positive, or bridge.tensor_parallel does not divide a host."""
     for name in ("tokens", "target_params", *(number.name for number in fields(Machine))):
         value = getattr(own, name)
         absent = value is None or (name == "target_params" and value == 0)

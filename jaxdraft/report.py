@@ -87,7 +87,7 @@ def print_check(console: Console, step: int, same: Verdict) -> None:
     """What `check.check_first` found."""
     say(
         console,
-        f"step {step}: the first checkpoint's export is the draft in training: {same.same_blocks} of {same.blocks} "
+        f"step {step}: this checkpoint's export is the draft in training: {same.same_blocks} of {same.blocks} "
         f"blocks the same, {same.near_ties} nearly tied, logits within {same.error:.0e}",
     )
 

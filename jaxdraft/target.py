@@ -171,7 +171,7 @@ def resolve_mask_token(explicit: int | None, target: TargetModel) -> int:
     """MASK's id: explicit, else the tokenizer's mask token, else an unused id below the vocabulary's size.
 
     Raises:
-      ValueError: the explicit id is not below vocab_size, or every id is in use.
+      ValueError: the explicit id is not below vocab_size, every id is in use, or there is no tokenizer.
     """
     vocab_size = target.vocab_size
     if explicit is not None:

@@ -44,8 +44,8 @@ def load_target(spec: BridgeSpec, *, memory_budget: int | None = None) -> Target
         declared = target.info.capture
     if target.max_tokens < spec.data.max_length:
         raise ValueError(
-            f"the target takes {target.max_tokens} tokens at once, fewer than data.max_length={spec.data.max_length}; "
-            "raise bridge.memory_fraction, lower data.max_length, or take context_length and max_total_tokens out of "
+            f"the target takes {target.max_tokens} tokens at once, fewer than data.row_tokens={spec.data.max_length}; "
+            "raise bridge.memory_fraction, lower data.row_tokens, or take context_length and max_total_tokens out of "
             "bridge.sglang_args"
         )
     target.info = replace(target.info, capture=check_layer_contract(target, declared))
@@ -66,7 +66,7 @@ def _check_model(spec: BridgeSpec, directory: Path) -> None:
     context = text.get("max_position_embeddings")
     if context is not None and spec.data.max_length > context:
         raise ValueError(
-            f"data.max_length={spec.data.max_length} is longer than the target's context of {context} tokens; lower it"
+            f"data.row_tokens={spec.data.max_length} is longer than the target's context of {context} tokens; lower it"
         )
 
 

@@ -199,7 +199,7 @@ def test_the_context_in_the_targets_config_is_a_limit(target, tmp_path):
 
 def test_refuses_a_draft_of_other_layers(target):
     config, weights = random_draft(32, (1, 2), 10, 11)
-    with pytest.raises(ValueError, match=r"layers \[1, 2\] but target.layer_ids=\[0, 2\]"):
+    with pytest.raises(ValueError, match=r"layers \[1, 2\] but this bridge captures \[0, 2\]"):
         draft_proposer(TorchDraft(read_shape(config), weights), target)
 
 

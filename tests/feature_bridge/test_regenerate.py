@@ -203,7 +203,7 @@ def test_a_picture_of_a_format_without_a_mime_type_travels(server, tmp_path):
     assert server.requests[0]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/dds;base64,")
 
 
-def test_videos_travel_as_data_urls_and_listed_frames_do_not(server, tmp_path, capsys):
+def test_videos_travel_as_data_urls_and_listed_frames_do_not(server, tmp_path):
     (tmp_path / "v.mp4").write_bytes(b"a video")
     Image.new("RGB", (4, 3)).save(tmp_path / "f.png")
     file = {"type": "video_url", "video_url": {"url": "v.mp4"}, "fps": 4.0}

@@ -170,7 +170,7 @@ def test_a_token_across_the_prompts_end_is_not_supervised(loaded, processors, tm
     assert sample.tokens[: len(prompt) - 1].tolist() == prompt[:-1]
 
 
-def test_template_that_loses_answers_is_refused(loaded, tmp_path):
+def test_template_that_loses_answers_is_refused(tmp_path):
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     template += "{% if loop.last %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     tokenizer = load_family("qwen3")
@@ -291,7 +291,7 @@ def test_truncation_never_splits_a_picture(processors, rng, tmp_path):
 
 def test_too_long_can_be_dropped(processors, tmp_path):
     data = data_spec(max_length=8, too_long="drop")
-    with pytest.raises(SampleError, match=r"\d+ tokens, more than data.max_length=8"):
+    with pytest.raises(SampleError, match=r"\d+ tokens, more than data.row_tokens=8"):
         make_sample(chat("Hi", "Hello"), "x:1", tmp_path, processors["qwen3.5"], data)
 
 
@@ -397,7 +397,7 @@ def test_text_only_target_by_path(loaded, processors, tmp_path):
     assert samples[0].digest == samples[1].digest
 
 
-def test_target_without_chat_template(loaded, tmp_path):
+def test_target_without_chat_template():
     tokenizer = load_family("qwen3")
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="has no chat template; add"):

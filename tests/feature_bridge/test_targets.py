@@ -153,7 +153,7 @@ def test_a_shift_by_one_layer_would_be_seen(run, captures, model_paths):
 
 
 @pytest.mark.parametrize("run", VLM_RUNS)
-def test_other_pictures_under_the_same_tokens_give_other_features(run, captures, model_paths):
+def test_other_pictures_under_the_same_tokens_give_other_features(run, captures):
     """No embedding of an earlier extend is left behind, and `test_features_equal_transformers` would see one."""
     captured = captures[run].result()
     first, other = captured.extended("mixed").features, captured.extended("other pixels").features
@@ -188,7 +188,7 @@ def test_requests_prepared_ahead_give_the_same_features_each_time(run, captures)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_an_extend_that_is_filled_up_gives_the_same(run, captures, model_paths):
+def test_an_extend_that_is_filled_up_gives_the_same(run, captures):
     captured = captures[run].result()
     names = [name for name in captured.tensors if " filled up/" in name]
     assert len(names) >= 2
@@ -363,7 +363,7 @@ def test_pools_that_are_smaller_than_a_sample(model_paths, monkeypatch):
 
     monkeypatch.setattr(sglang_versions, "installed_version", lambda: "0.5.20")
     monkeypatch.setattr("feature_bridge.targets.sglang.SGLangTarget", small)
-    with pytest.raises(ValueError, match=r"takes 100 tokens at once, fewer than data\.max_length=101; raise"):
+    with pytest.raises(ValueError, match=r"takes 100 tokens at once, fewer than data\.row_tokens=101; raise"):
         load_target(spec_of(model_paths["qwen3"], backend="sglang", max_length=101))
     load_target(spec_of(model_paths["qwen3"], backend="sglang", max_length=100))
 
@@ -392,7 +392,7 @@ def test_directory_without_config(tmp_path):
 
 
 def test_samples_longer_than_the_context(model_paths):
-    with pytest.raises(ValueError, match=r"data\.max_length=5000 is longer than the target's context of 4096"):
+    with pytest.raises(ValueError, match=r"data\.row_tokens=5000 is longer than the target's context of 4096"):
         load_target(spec_of(model_paths["qwen3"], max_length=5000))
 
 

@@ -345,5 +345,5 @@ def test_a_run_checks_its_first_checkpoint(tmp_path):
     )
     code, output = run_training(config)
     assert code == 2, output
-    assert "the first checkpoint, exported, is not the draft in training: rope_theta is 10000.0" in output
+    assert "this checkpoint, exported, is not the draft in training: rope_theta is 10000.0" in output
     assert (tmp_path / "runs" / "small" / "checkpoints" / "2").is_dir()

@@ -1,10 +1,13 @@
 """Configs and the command line: every mistake ends in one sentence that names the field, before any model is loaded."""
 
+import ast
 import contextlib
 import dataclasses
 import io
 import json
+import re
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,22 @@ from draft_helpers import TINY as DRAFT
 from jaxdraft import export
 from jaxdraft.cli import CONFIGS_DIR, Parser, load_config, parse_args, parse_command, parse_options, run_command
 from jaxdraft.config import BridgeConfig, Config, DataConfig, DraftOptions, TargetConfig
+from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.run import open_run_dir
 
 TINY = ["--config", "tiny_qwen35vl.py"]
+
+
+@pytest.mark.parametrize("package", ["jaxdraft", "feature_bridge"])
+def test_messages_name_fields_that_there_are(package):
+    parts = {name: kind for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)}
+    known = {f"{part}.{field.name}" for part, kind in parts.items() for field in dataclasses.fields(kind)}
+    known |= {f"draft.{field.name}" for field in dataclasses.fields(DraftConfig)}  # of a draft on disk
+    named = re.compile(rf"(?<![\w.-])(?:{'|'.join(parts)})\.(?:\w+(?==)|[a-z]+_\w+)")  # data.row_tokens, bridge.python=
+    for file in sorted((CONFIGS_DIR.parent / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert set(named.findall(node.value)) <= known, f"{file}:{node.lineno}"
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS_DIR.glob("*.py")), ids=lambda p: p.name)
@@ -23,7 +39,7 @@ def test_every_config_is_valid_and_pins_its_target(file):
     config = load_config(file.name)
     assert load_config(str(file)) == config == load_config(file.stem)
     assert config.name == file.stem
-    local = CONFIGS_DIR in __import__("pathlib").Path(config.target.path).parents
+    local = CONFIGS_DIR in Path(config.target.path).parents
     assert local or len(config.target.revision) == 40
 
 
@@ -46,16 +62,13 @@ def test_help_lists_every_field_with_type_default_and_a_line():
         parse_args(["--help"])
     assert exit_info.value.code == 0
     text = " ".join(out.getvalue().replace("│", " ").split())
-    import dataclasses
 
     def check(kind, prefix=""):
-        for field in dataclasses.fields(kind):
-            value = field.type if isinstance(field.type, type) else None
-            default = getattr(load_config(TINY[1]), field.name) if not prefix else None
-            if dataclasses.is_dataclass(default):
-                check(type(default), f"{field.name}.")
-            elif value is None or not dataclasses.is_dataclass(value):
-                assert f"--{prefix}{field.name}".replace("_", "-") in text, field.name
+        for name, hint in typing.get_type_hints(kind).items():
+            if dataclasses.is_dataclass(hint):
+                check(hint, f"{name}.")
+            else:
+                assert f"--{prefix}{name}".replace("_", "-") in text, name
 
     check(Config)
     assert "--data.row-tokens INT Tokens of a packed row; the limit of a sample as well. (default: 4096)" in text

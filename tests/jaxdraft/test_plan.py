@@ -42,8 +42,7 @@ def tiny(tmp_path_factory):
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
-@pytest.mark.parametrize("tied", [True, False])
-def test_arguments_and_outputs_are_xlas(tiny, sizes, tied):
+def test_arguments_and_outputs_are_xlas(tiny, sizes):
     config, draft = tiny
     data, fsdp, tensor = sizes
     mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=jax.devices()[: data * fsdp * tensor])
