@@ -211,18 +211,14 @@ def allow_float32() -> None:
 
 
 def use_native_ops() -> None:
-    """The plain torch version of every op that has a fused one, from a model's start on: those know only bf16."""
+    """`sglang_versions.use_native_ops`, from a model's start on."""
     from feature_bridge.targets import sglang_versions
 
     start_runner = sglang_versions.start_runner
 
     def start(*args: Any) -> Any:
-        from sglang.srt.layers.utils.multi_platform import MultiPlatformOp
-
         runner = start_runner(*args)
-        for module in runner.model.modules():
-            if isinstance(module, MultiPlatformOp):
-                module._forward_method = module.forward_native
+        sglang_versions.use_native_ops(runner.model)
         return runner
 
     sglang_versions.start_runner = start

@@ -33,7 +33,7 @@ from jaxdraft.cli import parse_args
 from jaxdraft.convert import load_draft
 from jaxdraft.eval_result import Answer
 from jaxdraft.evaluate import evaluate_held_out
-from jaxdraft.held_out import open_held_out
+from jaxdraft.held_out import open_held_out, prepare_jax
 from jaxdraft.replay import anchors_of, tau
 from jaxdraft.target import open_target
 
@@ -98,6 +98,7 @@ def replay_answers(args: argparse.Namespace, data: Path, rows: int) -> tuple[dic
     ours["output-dir"] = data.parent / "runs"
     overrides = [part for name, value in ours.items() for part in (f"--{name}", str(value))]
     config = parse_args(["--config", args.config, *args.fields, *overrides])
+    prepare_jax(config)
     tensors, draft = load_draft(args.draft)
     with open_held_out(args.draft, draft, open_target(config.target), config, log_name="replay.log") as held:
         result = evaluate_held_out(held, tensors)

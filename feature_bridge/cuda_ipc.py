@@ -103,10 +103,15 @@ class Gpu:
     """A visible GPU and its primary context. Calls leave the thread's current context as it was."""
 
     def __init__(self, ordinal: int):
-        self.ordinal = ordinal
-        self._device, self._context = ctypes.c_int(), ctypes.c_void_p()
+        self.ordinal, self._device = ordinal, ctypes.c_int()
         _check(_driver(), "cuDeviceGet", ctypes.byref(self._device), ordinal)
-        _check(_driver(), "cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
+
+    @functools.cached_property
+    def _context(self) -> ctypes.c_void_p:
+        """Retained only where it is needed: a context takes hundreds of MB of a GPU that may be another process's."""
+        context = ctypes.c_void_p()
+        _check(_driver(), "cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
+        return context
 
     @property
     def uuid(self) -> str:

@@ -320,11 +320,12 @@ class Worker:
         """Where a row's features are put together: in the slot itself, or beside it and then copied.
 
         Beside it where devices share a row, for each bridge computes the whole row (to find the same faults) and keeps
-        a part; and where the slots are on another GPU than the target, so that the row goes there in one peer copy.
+        a part; and where the slots are not in the memory of the target's GPU, so that the row goes there in one copy.
         """
-        if self._spec.feature_slice[1] == 1 and self._spec.slot_gpu == 0:
+        on_gpu = torch.cuda.is_available()  # the target; its slots may be in host memory all the same
+        if self._spec.feature_slice[1] == 1 and self._spec.slot_gpu == 0 and slot.is_cpu != on_gpu:
             return slot
-        device = slot.device if slot.is_cpu else torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else slot.device
         return torch.empty((self._layout.row_tokens, slot.shape[-1]), dtype=slot.dtype, device=device)
 
     def _write_features(self, features: Float[Tensor, "S W"], slot: Float[Tensor, "part W"]) -> None:

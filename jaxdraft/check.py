@@ -34,7 +34,7 @@ from jaxdraft.convert import form_of, load_draft, read_draft_config
 from jaxdraft.evaluate import as_served
 from jaxdraft.export import check_target, digest, export_draft
 from jaxdraft.features import FeatureStream
-from jaxdraft.held_out import open_held_out
+from jaxdraft.held_out import open_held_out, prepare_jax
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import from_tensors, to_tensors
 from jaxdraft.model_card import NOT_SERVED_BY_SGLANG
@@ -216,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m jaxdraft.check", description=__doc__.splitlines()[0])
     parser.add_argument("--draft", metavar="DIR", required=True, help="directory of an exported draft")
     own, config = parse_command(parser, argv)
+    prepare_jax(config)
     form_of(own.draft)  # that it is a draft at all
     verdicts = check_draft(own.draft, config)
     console = Console()

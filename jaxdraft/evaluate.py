@@ -33,7 +33,7 @@ from jaxdraft.distributed import from_host, to_host
 from jaxdraft.eval_result import Answer, DecodeResult, EvalResult, finite, summarise
 from jaxdraft.export import check_target
 from jaxdraft.features import FeatureStream, Slot
-from jaxdraft.held_out import HeldOut, open_held_out
+from jaxdraft.held_out import HeldOut, open_held_out, prepare_jax
 from jaxdraft.losses import LossConfig, LossSums, sums_of_blocks
 from jaxdraft.model.tensors import from_tensors
 from jaxdraft.objective import Params, Predictions
@@ -301,6 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         parser.add_argument(f"--{name}-step", type=float, metavar="MS", help=f"measured time of {what}")
     own, config = parse_command(parser, argv)
+    prepare_jax(config)
     if not 0 <= own.temperature < math.inf:
         raise ValueError(f"--temperature={own.temperature} must be finite and at least 0; use 0 for greedy decoding")
     steps = {f"{name}_step": getattr(own, f"{name}_step") for name in ("target", "draft", "verify")}

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from feature_bridge.model_files import read_json
+from jaxdraft import runtime
 from jaxdraft.bridges import Bridge, open_bridge
 from jaxdraft.config import Config
+from jaxdraft.gpu_memory import claim_gpu_memory, limit_gpu_memory
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.objective import Frozen
 from jaxdraft.target import TargetModel, load_frozen
@@ -51,6 +54,12 @@ class HeldOut:
         return Frozen(embedding=embedding, head=head)
 
 
+def prepare_jax(config: Config) -> None:
+    """JAX's settings and its share of the GPU, as in training. To be called before the first array."""
+    limit_gpu_memory(config.trainer.memory_fraction)
+    runtime.configure()
+
+
 @contextlib.contextmanager
 def open_held_out(
     directory: str | Path, draft: DraftConfig, target: TargetModel, config: Config, *, log_name: str
@@ -71,6 +80,7 @@ def open_held_out(
         draft=dataclasses.replace(config.draft, block_size=draft.block_size),
         data=dataclasses.replace(config.data, train_path=config.data.train_path if not config.data.eval_path else None),
     )
+    claim_gpu_memory(jax.local_devices()[:1])
     with open_bridge(config, draft.target_layer_ids, log_path=config.run_dir / log_name) as bridge:
         check_capture(directory, bridge.ready.target.capture)
         table = bridge.ready.indexes.get("eval")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def configure() -> None:
     import jax  # reads XLA_FLAGS when its first backend starts
 
     if not jax.config.jax_compilation_cache_dir and jax.default_backend() == "gpu":
-        directory = Path.home() / ".cache" / "jaxdraft" / "xla"
-        directory.mkdir(parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(directory))
+        # A container's user may have no home, or one that cannot be written to: then nothing is kept.
+        with contextlib.suppress(OSError, RuntimeError):
+            directory = Path.home() / ".cache" / "jaxdraft" / "xla"
+            directory.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(directory))

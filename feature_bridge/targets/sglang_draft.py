@@ -71,6 +71,7 @@ class SGLangDraft:
         for layer in model.layers:
             layer.self_attn.attn = BlockAttention(layer.self_attn)
         self._model = model.float().eval()
+        versions.use_native_ops(self._model)
 
     @property
     def version(self) -> str:

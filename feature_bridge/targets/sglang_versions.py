@@ -214,6 +214,13 @@ def gather_columns(x: Tensor) -> Tensor:
     return tensor_model_parallel_all_gather(x)
 
 
+def use_native_ops(model: Any) -> None:
+    """The plain torch version of every operation that has a fused one: on a GPU those know 16-bit numbers only."""
+    for module in model.modules():
+        if hasattr(module, "_forward_method") and hasattr(module, "forward_native"):
+            module._forward_method = module.forward_native
+
+
 def ask_for_longest_picture_once() -> None:
     """Up to 0.5.16 the CPU waits in every layer of the vision tower for the length of the longest picture.
 

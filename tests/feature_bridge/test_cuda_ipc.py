@@ -80,3 +80,41 @@ def test_another_gpu_than_the_trainers_is_refused(two_gpus):
 def test_two_sides_that_do_not_agree_on_the_layout(two_gpus):
     with pytest.raises(ValueError, match="same version of feature_bridge"):
         attach(shown(num_bytes=LAYOUT.slot_bytes))
+
+
+class FakeDriver:
+    """libcuda with four GPUs; notes whose primary context is retained, which takes memory of that GPU."""
+
+    def __init__(self):
+        self.retained: list[int] = []
+
+    def cuDeviceGetCount(self, count) -> int:
+        count._obj.value = 4
+        return 0
+
+    def cuDeviceGet(self, device, ordinal: int) -> int:
+        device._obj.value = ordinal
+        return 0
+
+    def cuDeviceGetUuid_v2(self, raw, device) -> int:
+        raw[15] = device.value
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context, device) -> int:
+        self.retained.append(device.value)
+        return 0
+
+    def __getattr__(self, name: str):
+        return lambda *_: 0
+
+
+def test_a_gpu_is_looked_for_without_a_context_on_the_others(monkeypatch):
+    """Several processes of a host see all of its GPUs, and each of these belongs to one."""
+    driver = FakeDriver()
+    monkeypatch.setattr(cuda_ipc, "_driver", lambda: driver)
+    gpu = cuda_ipc.find_gpu("GPU-00000000-0000-0000-0000-000000000003")
+    assert (gpu.ordinal, driver.retained) == (3, [])
+    assert cuda_ipc.find_gpu("GPU-far") is None
+    gpu.open(bytes(64))
+    gpu.synchronize()
+    assert driver.retained == [3]  # once

@@ -184,3 +184,25 @@ def test_the_longest_picture_is_asked_for_once(monkeypatch):
     package.vision = newer
     versions.ask_for_longest_picture_once()
     assert newer.VisionTritonAttention.forward is untouched
+
+
+def test_native_ops_of_a_model():
+    """Fused ones of a GPU know 16-bit numbers only; a module of torch has none."""
+
+    class Op(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._forward_method = self.forward_cuda
+
+        def forward(self, x):
+            return self._forward_method(x)
+
+        def forward_cuda(self, x):
+            raise RuntimeError("failed to dispatch data type Float")
+
+        def forward_native(self, x):
+            return 2 * x
+
+    model = torch.nn.Sequential(Op(), torch.nn.Identity(), torch.nn.Sequential(Op()))
+    versions.use_native_ops(model)
+    assert model(torch.ones(1)) == 4

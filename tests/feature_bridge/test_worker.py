@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -445,3 +446,17 @@ def test_slots_on_another_gpu_are_filled_from_a_row_put_together_beside_the_targ
     assert filled == filled_there
     for name, tensor in beside.items():
         torch.testing.assert_close(there[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("slots", "beside"), [("cpu", True), ("cuda", False)])
+def test_a_row_of_a_targets_gpu_is_put_together_there(slots, beside, parts, worker, monkeypatch):
+    """`shared_memory` beside a GPU: torch concatenates only into memory of the states' own device. GPUs are made up."""
+    spec = dataclasses.replace(worker._spec, feature_slice=(0, parts))
+    monkeypatch.setattr(worker, "_spec", spec)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "empty", lambda *_, device, **__: device)
+    slot = SimpleNamespace(is_cpu=slots == "cpu", device=torch.device(slots), shape=(4, 8), dtype=torch.bfloat16)
+    expected = torch.device("cuda", 0) if beside or parts > 1 else slot
+    assert worker._feature_buffer(slot) == expected

@@ -3,16 +3,19 @@
 import dataclasses
 import io
 import json
+import os
 from pathlib import Path
 
 import jax
 import pytest
 from rich.console import Console
 
+from jaxdraft import check, evaluate, held_out
 from jaxdraft.cli import load_config
 from jaxdraft.convert import load_draft
 from jaxdraft.evaluate import evaluate_draft, main, print_evaluation
 from jaxdraft.export import export_draft
+from jaxdraft.held_out import open_held_out
 from jaxdraft.model.dflash import init_params
 from jaxdraft.model.tensors import to_tensors
 from jaxdraft.target import make_draft_config, open_target
@@ -130,3 +133,39 @@ def test_the_command_needs_a_draft():
         main(["--config", "tiny_qwen35vl.py"])
     with pytest.raises(ValueError, match=r"draft=.nowhere. has no config\.json"):
         main(["--config", "tiny_qwen35vl.py", "--draft", "nowhere"])
+
+
+@pytest.mark.parametrize(("module", "work"), [(evaluate, "evaluate_draft"), (check, "check_draft")])
+def test_jax_is_set_up_as_in_training(module, work, config, directory, monkeypatch):
+    """Its share of a GPU beside the bridge, and no CUDA graphs, which cannot read slots: before the first array."""
+    found = {}
+
+    def stop(*_, **__):
+        found.update({name: os.environ.get(name) for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_FLAGS")})
+        raise ValueError("that is all")
+
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_FLAGS"):
+        monkeypatch.setenv(name, "")  # puts back what is set
+    monkeypatch.setattr(module, work, stop)
+    options = ["--config", "tiny_qwen35vl.py", "--draft", str(directory), "--trainer.memory-fraction", "0.6"]
+    with pytest.raises(ValueError, match="that is all"):
+        module.main(options)
+    assert found["XLA_CLIENT_MEM_FRACTION"] == "0.6"
+    assert "--xla_gpu_enable_command_buffer=" in found["XLA_FLAGS"].split()
+
+
+def test_the_bridge_starts_beside_a_trainer_that_has_its_share(config, directory, monkeypatch):
+    """Else the bridge is told of memory as free that JAX takes afterwards."""
+    seen = []
+
+    def start(*_, **__):
+        seen.append("bridge")
+        raise ValueError("that is all")
+
+    monkeypatch.setattr(held_out, "claim_gpu_memory", seen.extend)
+    monkeypatch.setattr(held_out, "open_bridge", start)
+    draft, target = load_draft(directory)[1], open_target(config.target)
+    held = open_held_out(directory, draft, target, config, log_name="evaluate.log")
+    with pytest.raises(ValueError, match="that is all"):
+        held.__enter__()
+    assert seen == [jax.local_devices()[0], "bridge"]

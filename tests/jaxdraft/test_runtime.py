@@ -26,3 +26,13 @@ def test_flags_are_added_once(monkeypatch):
     runtime.configure()
     added = "--xla_gpu_enable_triton_gemm=false --xla_gpu_enable_command_buffer="
     assert runtime.os.environ["XLA_FLAGS"] == f"--other=1 {added}"
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "/dev/null/nobody"])
+def test_a_home_that_cannot_be_written_to_keeps_no_cache(home, monkeypatch):
+    """A container's user, say. On GPUs only: that this is one is made up."""
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    runtime.configure()
+    assert jax.config.jax_compilation_cache_dir is None
