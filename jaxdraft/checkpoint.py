@@ -77,7 +77,8 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self._tau), _First()]),
             cleanup_tmp_directories=not read_only,
         )
-        self._cleaners = set(threading.enumerate()) - others
+        # Without threads that the cleaner itself is starting just now, which cannot be joined yet: it waits for those.
+        self._cleaners = {thread for thread in threading.enumerate() if thread.is_alive()} - others
 
     def __enter__(self) -> Checkpoints:
         return self

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import math
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from draft_helpers import TINY as DRAFT
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
 
 from jaxdraft.checkpoint import (
     RESUME_MAY_CHANGE,
@@ -77,6 +80,38 @@ def test_what_a_killed_save_left_is_gone_when_a_run_ends(tmp_path):
     with Checkpoints(tmp_path, keep=1):
         pass
     assert not any(directory.exists() for directory in left)
+
+
+def test_a_thread_that_is_being_started_meanwhile(tmp_path, monkeypatch):
+    """Orbax's cleaner starts threads of its own; one that has not run yet is listed and cannot be joined."""
+    start, run = threading.Event(), threading.Event()
+
+    class Unstarted(threading.Thread):
+        def _bootstrap(self):
+            run.wait()
+            super()._bootstrap()
+
+    def when_told():
+        start.wait()
+        Unstarted().start()
+
+    def checkpointer(*args, **kwargs):
+        start.set()
+        while not any(isinstance(thread, Unstarted) for thread in threading.enumerate()):
+            time.sleep(0.001)
+        return real(*args, **kwargs)
+
+    real = ocp.training.Checkpointer
+    monkeypatch.setattr(ocp.training, "Checkpointer", checkpointer)
+    starter = threading.Thread(target=when_told)
+    starter.start()
+    try:
+        with Checkpoints(tmp_path, keep=1):
+            pass
+    finally:
+        start.set()
+        run.set()
+        starter.join()
 
 
 def test_restore_is_bit_identical(tmp_path):
