@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
+from feature_bridge.targets.sglang_draft import SGLangDraft
 from jaxdraft.bridges import open_bridge
 from jaxdraft.check import check_directory
 from jaxdraft.cli import load_config
@@ -19,7 +20,21 @@ from jaxdraft.run import Request
 from jaxdraft.target import load_frozen, open_target
 
 
+def note_ops(found: list[bool]) -> None:
+    """Notes of each draft that is loaded whether its operations are the ones that know float32 on a GPU, too."""
+    init = SGLangDraft.__init__
+
+    def noted(self, *args):
+        init(self, *args)
+        ops = [module for module in self._model.modules() if hasattr(module, "_forward_method")]
+        found.append(len(ops) > 0 and all(op._forward_method == op.forward_native for op in ops))
+
+    SGLangDraft.__init__ = noted
+
+
 def main():
+    native: list[bool] = []
+    note_ops(native)
     given = json.loads(Path(sys.argv[1]).read_text())
     directory = Path(given["draft"])
     config = load_config("tiny_qwen35vl.py")
@@ -56,7 +71,7 @@ def main():
         other = Path(shutil.copytree(directory, directory.parent / "other"))  # SGLang remembers a path's config
         (other / "config.json").write_text(json.dumps(served))
         found["mask"] = sglang(other).difference
-    print(json.dumps(found), flush=True)
+    print(json.dumps(found | {"native": native}), flush=True)
 
 
 if __name__ == "__main__":

@@ -253,6 +253,7 @@ def test_sglang_agrees(config, copy):
     assert found["good"]["error"] < 1e-5
     assert found["missing"] == f"tensor {K_NORM} was never loaded"
     assert found["mask"].startswith("mask_token_id is 7")
+    assert found["native"] == [True] * 3  # each load's
 
 
 # --- during training ------------------------------------------------------------------------------------------------
