@@ -15,7 +15,6 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
-import functools
 import importlib
 import importlib.util
 import os
@@ -32,8 +31,6 @@ from benchmarks.step_shapes import (  # sets XLA's flags: before jax
     SHAPES,
     TINY_SCALING,
     Shape,
-    abstract_inputs,
-    forward_backward,
     make_inputs,
 )
 
@@ -42,65 +39,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.step_checks import check_kernels
+from benchmarks.step_jobs import Job, floor, ours, training_step, with_optimizer
 from feature_bridge.cpu_stand_ins import torchvision_ops
 from jaxdraft.losses import LossConfig
 from jaxdraft.ops import block_attention
-from jaxdraft.optim import OptimConfig
-from jaxdraft.train_step import StepConfig, init_state, make_train_step
 
 PEERS = {
     "specforge": ("benchmarks.step_specforge", "SpecForge"),
     "speculators": ("benchmarks.step_speculators", "Speculators"),
 }
 """Where the step of an installed package is."""
-
-
-@dataclasses.dataclass
-class Job:
-    """A program that is compiled beside others and timed later."""
-
-    label: str
-    shape: Shape
-    system: str
-    built: concurrent.futures.Future
-    """Of the compiled program and the seconds that tracing and compiling it took, others beside it."""
-
-    def peak(self) -> float:
-        """GB: arguments and results that are no arguments, and the largest temporaries."""
-        memory = self.built.result()[0].memory_analysis()
-        kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        return (kept + memory.temp_size_in_bytes) / 1e9
-
-
-def submit(pool, label: str, shape: Shape, system: str, function, *arguments) -> Job:
-    def build():
-        started = time.perf_counter()
-        return function.lower(*arguments).compile(), time.perf_counter() - started
-
-    return Job(label, shape, system, pool.submit(build))
-
-
-def ours(pool, label: str, shape: Shape, **options) -> Job:
-    """Forward + backward."""
-    step = jax.jit(functools.partial(forward_backward, draft=shape.draft(), **options))
-    system = "ours, " + ", ".join(f"{name} {value}" for name, value in options.items())
-    return submit(pool, label, shape, system, step, *abstract_inputs(shape))
-
-
-def training_step(shape: Shape, attention: str):
-    """(function, initial state's function) of the whole step: anchors, forward, backward, health checks, AdamW."""
-    options = StepConfig(num_anchors=shape.anchors, total_steps=1000, attention=attention, keep_narrow=True)
-    _, frozen, *_ = abstract_inputs(shape)
-    step = make_train_step(shape.draft(), LossConfig(), OptimConfig(), options, frozen)
-    return step.func, functools.partial(init_state, shape.draft(), OptimConfig(), options)
-
-
-def with_optimizer(pool, label: str, shape: Shape, attention: str) -> Job:
-    step, init = training_step(shape, attention)
-    _, frozen, batch, *_ = abstract_inputs(shape)
-    key = jax.random.key(1)
-    state = jax.eval_shape(init, key)
-    return submit(pool, label, shape, f"ours, attention {attention}, with optimizer", step, frozen, state, batch, key)
 
 
 def time_each(function: Callable, repeats: int) -> list[float]:
@@ -116,23 +64,11 @@ def time_each(function: Callable, repeats: int) -> list[float]:
 
 
 def time_job(job: Job, repeats: int, *, profile: int = 0) -> list[float]:
-    compiled, _ = job.built.result()
-    if not job.system.endswith("optimizer"):
-        inputs = make_inputs(job.shape)
-        times = time_each(lambda: compiled(*inputs), repeats)
-        if profile:
-            print_kernels(lambda: compiled(*inputs), profile)
-        return times
-    _, frozen, batch, *_ = make_inputs(job.shape)
-    key = jax.random.key(1)
-    state = jax.jit(training_step(job.shape, "auto")[1])(key)
-
-    def one():
-        nonlocal state
-        state, metrics = compiled(frozen, state, batch, key)
-        return metrics
-
-    return time_each(one, repeats)
+    step = job.start(job.built.result()[0])
+    times = time_each(step, repeats)
+    if profile:
+        print_kernels(step, profile)
+    return times
 
 
 def measure_ceiling(size: int, seconds: float) -> float:
@@ -252,6 +188,7 @@ def main() -> None:
     parser.add_argument("--attention", nargs="+", default=["auto"], help="implementations of the block attention")
     parser.add_argument("--head-chunk-tokens", nargs="+", type=int, default=[], help="also these chunks of the head")
     parser.add_argument("--float8-head", action="store_true", help="also with the head's products in 8 bits")
+    parser.add_argument("--floor", action="store_true", help="also the step's products, and its attention, alone")
     parser.add_argument(
         "--peers", nargs="*", metavar="SHAPE", help="also SpecForge and speculators, at these shapes (all)"
     )
@@ -283,6 +220,8 @@ def main() -> None:
             shape = SHAPES[name]
             jobs += [ours(pool, name, shape, attention=attention) for attention in args.attention]
             jobs += [ours(pool, name, shape, head_chunk_tokens=n) for n in args.head_chunk_tokens]
+            if args.floor:
+                jobs += [floor(pool, name, shape, attention=attention) for attention in (False, True)]
             if args.float8_head:
                 jobs.append(ours(pool, name, shape, head_dtype="float8_e4m3fn"))
             if shape is SHAPES[args.shapes[0]] and not args.no_optimizer:

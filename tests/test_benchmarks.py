@@ -18,7 +18,7 @@ TINY = ROOT / "configs" / "tiny"
 
 
 def test_step_quick():
-    command = [sys.executable, "-m", "benchmarks.step", "--quick", "--profile", "1", "--peers"]
+    command = [sys.executable, "-m", "benchmarks.step", "--quick", "--profile", "1", "--floor", "--peers"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "attention auto = xla" in result.stdout
