@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 from orbax.checkpoint import v1 as ocp
+
+from jaxdraft.config import Config
 
 # What a resume may change (the rest is refused by name): nothing here alters a loss. Paths may move because the index
 # digest says whether the data is the same.
@@ -198,7 +201,7 @@ def check_resume(saved: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
       ValueError: names the first such field, both values, and the remedy.
     """
-    if difference := _difference(saved, now, RESUME_MAY_CHANGE):
+    if difference := _difference(_completed(saved), now, RESUME_MAY_CHANGE):
         field, old, new = difference
         raise ValueError(
             f"{field}={new!r} differs from the checkpoint's {old!r}; "
@@ -217,6 +220,15 @@ def check_alike(first: dict[str, Any], now: dict[str, Any]) -> None:
         raise ValueError(
             f"{field}={own!r} differs from process 0's {theirs!r}; give all processes of a run the same config and data"
         )
+
+
+def _completed(meta: dict[str, Any]) -> dict[str, Any]:
+    """`meta`, with the fields of the config that an earlier version did not have at their defaults."""
+    try:
+        config = msgspec.convert(meta["config"], Config)
+    except msgspec.ValidationError:  # fields that are no longer what they were: the comparison names one
+        return meta
+    return meta | {"config": _flatten(as_json(config)) | _flatten(meta["config"])}
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any], allowed: Set[str]) -> tuple[str, Any, Any] | None:

@@ -284,6 +284,8 @@ class Config:
     """head (SpecForge's): blocks may run past a sample's end; pr505 (its pull request 505): they may not."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the draft's activations; its master weights are float32."""
+    float32_gradients: bool = False
+    """Gradients, and their sums over devices, in float32 instead of compute_dtype: twice as many bytes between GPUs."""
     attention: Literal["auto", "mosaic", "xla", "reference"] = "auto"
     """Implementation of the block attention: auto takes the Hopper kernels where they run, else plain XLA."""
 

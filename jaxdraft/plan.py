@@ -49,8 +49,9 @@ class Machine:
 
     memory_gb: float = _number(141.0, "memory of a GPU, GB")
     tflops: float = _number(989.0, "peak of dense bfloat16 products, TFLOP/s")
-    share: float = _number(0.63, "share of that peak which a step reaches")  # 624 TFLOP/s: benchmarks/RESULTS.md
-    link_gbs: float = _number(450.0, "a GPU to others of its host, GB/s one way")
+    share: float = _number(0.63, "share of that peak which a step reaches")  # 622 TFLOP/s: benchmarks/RESULTS.md
+    # NVLink has 450; steps of two GPUs lost a second for 170 to 260 GB, what overlapped left out: benchmarks/RESULTS.md
+    link_gbs: float = _number(220.0, "a GPU to others of its host, GB/s one way, as a step is slower for them")
     network_gbs: float = _number(50.0, "a GPU to other hosts, GB/s")
     gpus_per_host: int = _number(8, "GPUs of a host")
 
@@ -140,13 +141,14 @@ def plan_step(
     q, k = draft.num_heads * draft.head_dim, draft.num_kv_heads * draft.head_dim
     blocks, context = rows * config.num_anchors * draft.block_size, rows * config.data.row_tokens
     params = sum(math.prod(x.shape) for x in state.params.values())
+    gradient = 4 if config.float32_gradients else wide
 
     # Saved for the backward pass: inputs of every product, and the context's keys and values.
     saved = wide * layers * (blocks * (4 * h + 3 * (q + k + m) / t) + context * 3 * k / t) + wide * context * 2 * h
     chunk = min(LOGIT_BYTES, wide * blocks * draft.vocab_size / t)
     memory = {
         "masters and moments": device_bytes(state),
-        "gradients": int(wide * params) if mesh.size == 1 else device_bytes(state.params),
+        "gradients": gradient * device_bytes(state.params) // 4,
         "weights of one step": int(wide * params / t),
         "embedding and head": device_bytes(frozen),
         "features and rows, in slots": config.bridge.num_slots * device_bytes(batch),
@@ -165,8 +167,8 @@ def plan_step(
     inside = machine.gpus_per_host
     sends = {
         "weights, gathered over fsdp": (wide * params / t * (f - 1) / f, f * t > inside),
-        "gradients, summed over fsdp": (4 * params / t * (f - 1) / f, f * t > inside),
-        "gradients, summed over data": (8 * params / (t * f) * (d - 1) / d, d * f * t > inside),
+        "gradients, summed over fsdp": (gradient * params / t * (f - 1) / f, f * t > inside),
+        "gradients, summed over data": (2 * gradient * params / (t * f) * (d - 1) / d, d * f * t > inside),
         "activations, summed over tensor": (2 * wide * (t - 1) / t * blocks * h * (4 * layers + 2), t > inside),
         "target's activations, summed over its GPUs": (target_sends, ranks > inside),
         "context, gathered over tensor": (3 * wide * (t - 1) / t * context * h, t > inside),

@@ -186,6 +186,7 @@ def step_config(config: Config, *, total_steps: int, keep_narrow: bool = False) 
         compute_dtype=config.compute_dtype,
         attention=config.attention,
         keep_narrow=keep_narrow,
+        float32_gradients=config.float32_gradients,
     )
 
 

@@ -114,7 +114,7 @@ def train(config: Config, console: Console) -> int:
         report.print_plan(console, plan)
 
         # The state: new, or exactly that of the latest checkpoint.
-        keep_narrow = mesh.size == 1 and config.compute_dtype != "float32"
+        keep_narrow = mesh.size == 1 and config.compute_dtype != "float32" and not config.float32_gradients
         options = step_config(config, total_steps=plan.total_steps, keep_narrow=keep_narrow)
         frozen = FrozenWeights(config, target, bridge, mesh, config.compute_dtype)
         print_memory(console, memory_use(bridge, mesh.local_devices[0]), frozen)

@@ -47,6 +47,8 @@ class StepConfig:
     """Tokens a row whose logits exist at a time; None: chosen by memory."""
     keep_narrow: bool = False
     """Keep the matrices in compute_dtype beside the masters, so that no micro-batch casts them; for one device."""
+    float32_gradients: bool = False
+    """Gradients of the matrices, and their sums over devices, in float32 instead of compute_dtype."""
 
     def __post_init__(self):
         for name in ("num_anchors", "total_steps", "accumulation"):
@@ -57,6 +59,7 @@ class StepConfig:
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype={self.compute_dtype!r} is unknown; choose float32 or bfloat16")
         assert not self.keep_narrow or self.compute_dtype != "float32", "the copies would be the masters, donated twice"
+        assert not (self.keep_narrow and self.float32_gradients), "gradients with respect to copies have their dtype"
 
 
 @jax.tree_util.register_dataclass
@@ -208,12 +211,14 @@ def make_train_step(
         block_size=draft.block_size,
         rule=options.anchor_rule,
     )
-    out_shardings = None
+    out_shardings = compiler_options = None
     if mesh is not None:
         out_shardings = (state_shardings(draft, optim, options, mesh), NamedSharding(mesh, PartitionSpec()))
+        if mesh.size > 1:  # gradients are summed beside the products that follow
+            compiler_options = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
     # `frozen` is an argument and not a closure: closed-over arrays become constants of the executable.
-    @functools.partial(jax.jit, donate_argnums=1, out_shardings=out_shardings)
+    @functools.partial(jax.jit, donate_argnums=1, out_shardings=out_shardings, compiler_options=compiler_options)
     @on_mesh(mesh)
     def train_step(frozen: Frozen, state: TrainState, batch: Batch, key: Array):
         rows = ("rows",)
@@ -225,13 +230,12 @@ def make_train_step(
             sums = objective(params, frozen, batch, anchors, valid, training=True).sums
             return sums.numerator, sums
 
-        # Gradients that are summed over devices are float32: they are taken with respect to the masters.
-        summed = mesh is not None and mesh.size > 1
-        assert not (summed and options.keep_narrow)
         if options.keep_narrow:
             params = state.params | state.narrow
-        else:
-            params = state.params if summed else narrow_matrices(state.params, options.compute_dtype)
+        elif options.float32_gradients:
+            params = state.params
+        else:  # a gradient with respect to a cast matrix is summed over devices in that dtype
+            params = narrow_matrices(state.params, options.compute_dtype)
         (_, sums), grads = jax.value_and_grad(numerator, has_aux=True)(params)
         bad_rows = unhealthy_rows(batch, draft.hidden_size)
         ok = ~jnp.any(bad_rows) & jnp.all(jnp.isfinite(jnp.stack([sums.numerator, global_norm(grads)])))

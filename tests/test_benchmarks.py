@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import pytest
 
 from jaxdraft.cli import load_config
 
@@ -42,6 +43,26 @@ def test_attention_quick():
     assert re.findall(r"^\| (\d+) \| (whole|S/4) \| [\d,]+ \|", result.stdout, re.M) == [
         ("48", "whole"), ("48", "S/4"), ("96", "whole"), ("96", "S/4")
     ]  # fmt: skip
+
+
+def test_what_a_step_sends():
+    """Results alone, where an asynchronous collective's shape has its operands before them."""
+    from benchmarks.several_gpus_steps import collectives, difference
+
+    hlo = """
+      %sum = f32[1000,4]{1,0} all-reduce(%a), channel_id=1, to_apply=%add
+      %both = (bf16[8000]{0}, bf16[8000]{0}) all-reduce-start(%b, %c), to_apply=%add
+      %once = (bf16[8000]{0}, bf16[8000]{0}) all-reduce-start(%b), to_apply=%add
+      %whole = (bf16[4000]{0}, bf16[8000]{0}) all-gather-start(%d), dimensions={0}
+      %part = f32[5000]{0} reduce-scatter(%e), dimensions={0}
+      %done = bf16[8000]{0} all-gather-done(%whole)
+    """
+    assert collectives(hlo) == (
+        "1 x all-gather bf16 0.02 MB, 3 x all-reduce bf16 0.05 MB, 1 x all-reduce f32 0.02 MB, "
+        "1 x reduce-scatter f32 0.02 MB"
+    )
+    assert collectives("%x = f32[2]{0} add(%a, %b)") == "none"
+    assert difference([4.4, 0.12], [4.0, 0.1]) == pytest.approx(0.1)
 
 
 def test_families():

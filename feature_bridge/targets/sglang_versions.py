@@ -93,6 +93,8 @@ def set_environment(device: str, num_ranks: int = 1) -> None:
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     # A picture must be hashed by its content, or two of them could share an embedding.
     os.environ["SGLANG_MM_SKIP_COMPUTE_HASH"] = "0"
+    # It ends where the GPUs of several ranks are not equally free; here a trainer has a part of each.
+    os.environ.setdefault("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "0")
     _register_configs_once()
 
 

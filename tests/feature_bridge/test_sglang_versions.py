@@ -116,12 +116,16 @@ def test_environment_keeps_what_the_user_has_set(monkeypatch):
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")
     monkeypatch.delenv("SGLANG_USE_CPU_ENGINE", raising=False)
     monkeypatch.setenv("SGLANG_MM_SKIP_COMPUTE_HASH", "1")
+    monkeypatch.setenv("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "1")
     versions.set_environment("cpu")
+    assert os.environ["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] == "1"
     assert os.environ["TORCH_COMPILE_DISABLE"] == "0"
     assert os.environ["SGLANG_USE_CPU_ENGINE"] == "1"
     assert os.environ["SGLANG_MM_SKIP_COMPUTE_HASH"] == "0"
     monkeypatch.delenv("SGLANG_USE_CPU_ENGINE")
+    monkeypatch.delenv("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK")
     versions.set_environment("cuda")
+    assert os.environ["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] == "0"
     assert "SGLANG_USE_CPU_ENGINE" not in os.environ
 
 

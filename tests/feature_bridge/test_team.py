@@ -164,9 +164,8 @@ def write_draft(directory: Path) -> str:
     return str(directory)
 
 
-def test_sglang_on_two_ranks_is_one_target(spec, tmp_path, monkeypatch):
+def test_sglang_on_two_ranks_is_one_target(spec, tmp_path):
     """The features of text and pictures; in decoding, the embedding and the head, which each rank has a part of."""
-    monkeypatch.setenv("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "0")  # on a CPU it compares the machine's free memory
     draft = write_draft(tmp_path / "draft")
     asked = (Row(row_id=0, samples=(0, 1, 2)), Row(row_id=1, samples=(3, 4)))
     with connect(spec, log_path=tmp_path / "log", env=ENV) as single:

@@ -75,11 +75,10 @@ def prepare(
     sizes: Sizes | None,
     across: str = "data",
     *,
-    compute_dtype: str = "float32",
+    options: StepConfig = STEP,
     compiler_options: tuple[tuple[str, Any], ...] = (),
 ) -> Steps:
     """On a mesh of these sizes; None: on one device, without a mesh."""
-    options = dataclasses.replace(STEP, compute_dtype=compute_dtype)
     frozen, batch = random_frozen(CONFIG, 0), packed_batch(CONFIG, ROW_TOKENS, LENGTHS, 0, 0.8)
     key, mesh = jax.random.key(0), None if sizes is None else mesh_of(sizes, across)
     if mesh is not None:

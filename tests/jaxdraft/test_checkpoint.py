@@ -223,6 +223,14 @@ def test_every_field_that_decides_what_is_trained_is_refused():
             check_resume(saved, changed(("config", *name.split(".")), "other", saved))
 
 
+def test_a_field_that_an_earlier_version_did_not_have_had_its_default():
+    now = {"config": as_json(load_config("tiny_qwen35vl"))}
+    earlier = {"config": {name: value for name, value in now["config"].items() if name != "float32_gradients"}}
+    check_resume(earlier, now)
+    with pytest.raises(ValueError, match="^float32_gradients=True differs from the checkpoint's False"):
+        check_resume(earlier, changed(("config", "float32_gradients"), True, now))
+
+
 @pytest.mark.parametrize(("name", "allowed"), [("quantization", False), ("mem_fraction_static", True)])
 def test_arguments_of_sglang_that_change_what_it_computes_are_refused(name, allowed):
     """Of a dict that the saved config has empty."""

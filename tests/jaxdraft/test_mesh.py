@@ -3,6 +3,7 @@ others; a checkpoint of any of them is the same bits on any other."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from mesh_steps import (
     CONFIG,
     ROW_TOKENS,
     ROWS,
+    STEP,
     prepare,
     restore,
     run,
@@ -149,15 +151,19 @@ def test_only_the_expected_collectives(sizes):
         }
 
 
-def test_weights_are_gathered_in_the_compute_dtype(tmp_path):
-    """Read behind XLA's partitioner: later, a CPU turns bfloat16 into float32, which a GPU does not."""
+@pytest.mark.parametrize("float32_gradients", [False, True])
+def test_weights_and_gradients_are_sent_in_the_compute_dtype(tmp_path, float32_gradients):
+    """Gradients unless float32 is asked for. Read behind XLA's partitioner: later, a CPU turns bfloat16 into float32,
+    which a GPU does not."""
     dump = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd-partitioning"}
-    prepare((1, 2, 1), compute_dtype="bfloat16", compiler_options=tuple(dump.items()))
+    options = dataclasses.replace(STEP, compute_dtype="bfloat16", float32_gradients=float32_gradients)
+    prepare((1, 2, 1), options=options, compiler_options=tuple(dump.items()))
     (file,) = tmp_path.glob("*train_step*after_spmd-partitioning*.txt")
-    gathered = re.findall(r" = (\w+)\[([\d,]+)\]\S* all-gather\(", file.read_text())
     weights = {",".join(map(str, shape)) for shape in parameter_shapes((1, 2, 1), split=("tensor",)) if len(shape) > 1}
-    assert {shape for _, shape in gathered} >= weights
-    assert {dtype for dtype, shape in gathered if shape in weights} == {"bf16"}
+    for kind, expected in (("all-gather", "bf16"), ("all-reduce", "f32" if float32_gradients else "bf16")):
+        sent = re.findall(rf" = (\w+)\[([\d,]+)\]\S* {kind}\(", file.read_text())
+        assert {shape for _, shape in sent} >= weights
+        assert {dtype for dtype, shape in sent if shape in weights} == {expected}
 
 
 def test_kernels_run_where_a_device_has_its_own_part(monkeypatch):

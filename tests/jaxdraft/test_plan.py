@@ -229,7 +229,7 @@ def test_command(tmp_path, capsys):
     output = capsys.readouterr().out
     for words in ("masters and moments", "fits: ", "between hosts", "GPU-hours", "1024", "cache of all features"):
         assert words in output
-    assert "989 TFLOP/s; 8 GPUs a host at 450 GB/s, hosts at 50 GB/s a GPU (H200)" in output
+    assert "989 TFLOP/s; 8 GPUs a host at 220 GB/s, hosts at 50 GB/s a GPU (H200)" in output
 
 
 def test_a_small_run_is_printed_in_small_units(capsys):
