@@ -132,9 +132,9 @@ def test_estimates_of_the_recorded_steps(tmp_path, shape):
 def test_axes_divide_what_they_should(tmp_path):
     config, draft = recipe(tmp_path)
 
-    def on(data, fsdp, tensor):
+    def on(data, fsdp, tensor, **changes):
         mesh = plan_mesh(dataclasses.replace(config, mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor)), 8)
-        return plan_step(config, draft, mesh, Machine(), tied=True)
+        return plan_step(dataclasses.replace(config, **changes), draft, mesh, Machine(), tied=True)
 
     replicas, sharded, split = on(8, 1, 1), on(1, 8, 1), on(4, 1, 2)
     assert sharded.memory["gradients"] < replicas.memory["gradients"] / 7.9
@@ -143,6 +143,11 @@ def test_axes_divide_what_they_should(tmp_path):
     assert split.flop == replicas.flop / 2
     assert set(replicas.traffic) == {"gradients, summed over data"}
     assert "context, gathered over tensor" in split.traffic
+    exact = on(8, 1, 1, float32_gradients=True)
+    assert exact.memory["gradients"] == 2 * replicas.memory["gradients"]
+    assert {name: size / 2 for name, (size, _) in exact.traffic.items()} == {
+        name: size for name, (size, _) in replicas.traffic.items()
+    }
     with pytest.raises(ValueError, match=r"do not multiply to the 6 devices"):
         plan_mesh(dataclasses.replace(config, mesh=MeshConfig(fsdp=4)), 6)
 

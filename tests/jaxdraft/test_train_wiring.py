@@ -26,7 +26,8 @@ class FirstStep(Exception):
     """With what the loop gives to its first step."""
 
 
-def test_the_step_is_the_configs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("float32_gradients", [False, True])
+def test_the_step_is_the_configs(tmp_path, monkeypatch, float32_gradients):
     """Every value another than the default; the last step is completed by rows without samples."""
     config = Config(
         name="wiring",
@@ -44,6 +45,7 @@ def test_the_step_is_the_configs(tmp_path, monkeypatch):
         anchors_per_row=7,
         anchor_rule="pr505",
         attention="xla",
+        float32_gradients=float32_gradients,
     )
     made = []
 
@@ -73,7 +75,8 @@ def test_the_step_is_the_configs(tmp_path, monkeypatch):
         accumulation=3,
         compute_dtype="bfloat16",
         attention="xla",
-        keep_narrow=True,
+        keep_narrow=not float32_gradients,
+        float32_gradients=float32_gradients,
     )
     assert rest == [config.loss, config.optim, options]
     assert (draft.block_size, draft.mask_token_id, draft.intermediate_size) == (4, 1240, 64)
