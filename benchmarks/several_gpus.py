@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny, on virtual CPU devices: does it work?")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--meshes", default="data,fsdp,tensor", help="of the steps part")
+    parser.add_argument("--float32-gradients", action="store_true", help="of the steps part: as the config's field")
     parser.add_argument("--targets", default="each,together,shared", help="of the bridge part, see there")
     parser.add_argument("--limit", type=float, default=None, help="seconds of each part, in place of its own limit")
     parser.add_argument("--bridge-python", default=sys.executable, help="of the environment with torch and SGLang")
@@ -59,7 +60,7 @@ def main() -> None:
         module, limit_s = PARTS[part]
         command = [module, part, "--devices", str(args.devices), "--out", str(out), *quick]
         if part == "steps":
-            command += ["--meshes", args.meshes]
+            command += ["--meshes", args.meshes, *(["--float32-gradients"] if args.float32_gradients else [])]
         if module.endswith("bridge"):
             command += ["--bridge-python", args.bridge_python, "--targets", args.targets]
             model = ["benchmarks.several_gpus_bridge", "write", "--out", str(out), *quick]

@@ -42,12 +42,17 @@ def say(what: str, measured: Any) -> None:
 class OnMesh:
     """The compiled step on one mesh, and the rows of one step as its micro-batches."""
 
-    def __init__(self, shape: Shape, sizes: tuple[int, int, int], rows: int):
+    def __init__(self, shape: Shape, sizes: tuple[int, int, int], rows: int, *, float32_gradients: bool = False):
         """`rows`: of an optimizer step; those that do not fit the mesh's groups are accumulated."""
         self.mesh = make_mesh(**dict(zip(MESH_AXES, sizes, strict=True)), devices=jax.devices()[: int(np.prod(sizes))])
         groups = num_row_groups(self.mesh)
         self.draft, self.optim, self.key = shape.draft(), OptimConfig(), jax.random.key(1)
-        self.options = StepConfig(num_anchors=shape.anchors, total_steps=1000, accumulation=rows // groups)
+        self.options = StepConfig(
+            num_anchors=shape.anchors,
+            total_steps=1000,
+            accumulation=rows // groups,
+            float32_gradients=float32_gradients,
+        )
         _, frozen, batch, *_ = make_inputs(dataclasses.replace(shape, rows=rows))
         head = jax.device_put(frozen.head, frozen_sharding(self.mesh))
         self.frozen = Frozen(embedding=head, head=head)
@@ -184,7 +189,7 @@ def steps(shape: Shape, args: argparse.Namespace) -> None:
     say("useful TFLOP of a row", f"{shape.useful_flop() / 1e12:.2f}")
     single_losses, single_ms = [], 0.0
     for name, sizes in chosen.items():
-        on = OnMesh(shape, sizes, devices)
+        on = OnMesh(shape, sizes, devices, float32_gradients=args.float32_gradients)
         losses, _ = on.losses(on.new_state(), STEPS)
         single_losses = single_losses or losses
         worst = difference(losses, single_losses)
@@ -193,7 +198,7 @@ def steps(shape: Shape, args: argparse.Namespace) -> None:
         groups = num_row_groups(on.mesh)
         if on.options.accumulation > 1:  # a row of a group each, for the clock
             del on
-            on = OnMesh(shape, sizes, groups)
+            on = OnMesh(shape, sizes, groups, float32_gradients=args.float32_gradients)
         one = on.runner()
         ms = float(np.median(time_each(one, repeats)))
         single_ms = single_ms or ms
@@ -250,6 +255,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--meshes", default="data,fsdp,tensor")
+    parser.add_argument("--float32-gradients", action="store_true")
     args = parser.parse_args()
     shape = dataclasses.replace(SHAPES["tiny"], vocab=512, layers=1) if args.quick else SHAPES["4b"]
     {"steps": steps, "checkpoint": checkpoint}[args.part](shape, args)
