@@ -25,6 +25,9 @@ def test_step_quick():
     assert "attention auto = xla" in result.stdout
     rows = re.findall(r"^\| tiny \| ours, attention auto(, with optimizer)? \| [\d.]+ \|", result.stdout, re.M)
     assert rows == 2 * ["", ", with optimizer"]  # as they are measured, and in the table
+    assert re.findall(r"^\| tiny \| (products.*? alone) \| [\d.]+ \|", result.stdout, re.M) == 2 * [
+        "products alone", "products and attention alone"
+    ]  # fmt: skip
     assert result.stdout.count("in shard_map the same bits: True") == 2
     assert re.findall(r"^tiny, (\w+): loss .*, ours .* relative difference of the gradients", result.stdout, re.M) == [
         "SpecForge", "speculators"
@@ -85,6 +88,22 @@ def test_useful_work():
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["50.2", "73.3"]
+
+
+def test_the_floor_leaves_out_what_a_step_does():
+    """Of the useful work: attention, slot 0 of the head and of the last MLP, MASK's projections of layer 0 but one."""
+    program = (
+        "from benchmarks.step_floor import trained_products; from benchmarks.step_shapes import SHAPES; "
+        "s = SHAPES['4b']; print(s.useful_flop() / 1e12, sum("
+        "2 * p.tokens * p.width * sum(p.outs) * (2 + p.input_gradient) for p in trained_products(s)) / 1e12)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    useful, products = map(float, result.stdout.split())
+    blocks, h = 512, 2560
+    attention = 14 * 5 * 16 * blocks * (3072 / 2 + 16) * 32 * 128
+    head = 4 * blocks * 16 * h * 248_320
+    left_out = 6 * blocks * h * (3 * 9728 + 14 * (32 + 2 * 8) * 128)
+    assert products == pytest.approx(useful - (attention + head + left_out) / 1e12, rel=1e-9)
 
 
 def test_serve(tmp_path):
