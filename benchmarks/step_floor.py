@@ -2,6 +2,8 @@
 
 For step.py --floor: on the GPU that it ran on, a step of these parts takes no less than they do. Inputs are random, so
 that the GPU works, and warms, as in a step; results are kept, and nothing is computed between two products.
+
+Dim suffixes: c chunks, t tokens of one, h model width, v vocabulary.
 """
 
 from __future__ import annotations
@@ -49,7 +51,12 @@ def trained_products(shape: Shape) -> list[Product]:
 
 
 def make_floor_inputs(shape: Shape, *, attention: bool):
-    """(arrays of each trained product, arrays of the head's, arrays of each layer's attention), bfloat16."""
+    """Random bfloat16 arrays, and a batch's anchors: (trained, head, layers, anchors [rows, anchors]).
+
+    trained: for each product x [tokens, width], its matrices [width, out] and their outputs' gradients [tokens, out].
+    head: hidden states of the predicted slots [rows·anchors·(block - 1), hidden], the matrix [vocab, hidden].
+    layers: for each the first five arguments of `block_attention`, and its output's gradient; none without `attention`.
+    """
     keys = iter(jax.random.split(jax.random.key(3), 1000))
 
     def normal(*dims):

@@ -50,7 +50,7 @@ class Machine:
     memory_gb: float = _number(141.0, "memory of a GPU, GB")
     tflops: float = _number(989.0, "peak of dense bfloat16 products, TFLOP/s")
     share: float = _number(0.63, "share of that peak which a step reaches")  # 622 TFLOP/s: benchmarks/RESULTS.md
-    # NVLink has 450; steps of two GPUs lost a second for 170 to 260 GB, what overlapped left out: benchmarks/RESULTS.md
+    # NVLink has 450; two GPUs were slower by a second for every 182 (fsdp) and 242 GB (data): benchmarks/RESULTS.md
     link_gbs: float = _number(220.0, "a GPU to others of its host, GB/s one way, as a step is slower for them")
     network_gbs: float = _number(50.0, "a GPU to other hosts, GB/s")
     gpus_per_host: int = _number(8, "GPUs of a host")
