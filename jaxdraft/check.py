@@ -103,7 +103,8 @@ def served_difference(directory: str | Path, draft: DraftConfig) -> str:
     if difference := field_difference(config_fields(served), draft):
         return difference
     for name in (field.name for field in dataclasses.fields(DraftConfig)):
-        if getattr(served, name) != getattr(draft, name):
+        # How it was initialised does not matter any more.
+        if name != "initializer_range" and getattr(served, name) != getattr(draft, name):
             return f"{name} is {getattr(served, name)}, and the draft was trained with {getattr(draft, name)}"
     return ""
 

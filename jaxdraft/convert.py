@@ -132,7 +132,6 @@ def parse_draft_config(config: Mapping[str, Any]) -> DraftConfig:
         sliding_window=config.get("sliding_window") if sliding else None,
         is_causal=either("is_causal"),
         **{name: None if value is None else float(value) for name, value in scalars.items()},
-        initializer_range=config.get("initializer_range", 0.02),
         max_position_embeddings=config.get("max_position_embeddings", 40960),
     )
 

@@ -162,7 +162,7 @@ def hf_config(config: DraftConfig, target: Mapping[str, Any], dtype: str) -> dic
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
-        "initializer_range": config.initializer_range,
+        "initializer_range": config.initializer_range or 0.02,  # loaders want a number, and do not use it
         "intermediate_size": config.intermediate_size,
         "layer_types": list(config.layer_types),
         "max_position_embeddings": config.max_position_embeddings,

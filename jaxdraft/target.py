@@ -160,9 +160,7 @@ def make_draft_config(options: DraftOptions, target: TargetModel) -> DraftConfig
             for i in range(options.num_layers)
         ),
         sliding_window=options.sliding_window,
-        initializer_range=target.text.get("initializer_range", 0.02)
-        if options.initializer_range is None
-        else options.initializer_range,
+        initializer_range=options.initializer_range,
         max_position_embeddings=target.text.get("max_position_embeddings", 32768),
     )
 

@@ -78,8 +78,8 @@ class DraftConfig:
     """Factor on the logits, before soft-capping; None means 1."""
     final_logit_softcapping: float | None = None
     """Cap c of logits c·tanh(logits/c); None means no cap."""
-    initializer_range: float = 0.02
-    """Standard deviation of the initial projection weights."""
+    initializer_range: float | None = None
+    """Standard deviation of the initial projection weights; None: the inverse root of each one's number of inputs."""
     max_position_embeddings: int = 40960
     """Longest sequence; written to the exported config, not used in training."""
 
@@ -110,12 +110,12 @@ class DraftConfig:
             raise ValueError(f"draft.head_dim={self.head_dim} must be even for rotary positions; use 64 or 128")
         self._check_target()
         self._check_layers()
-        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+        for name in ("rms_norm_eps", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise ValueError(
                     f"draft.{name}={getattr(self, name)} must be positive; copy it from the target's config"
                 )
-        for name in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping"):
+        for name in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping", "initializer_range"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"draft.{name}={value} must be positive; leave it out for none")

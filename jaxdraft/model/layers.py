@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,24 @@ from jaxdraft.ops.block_attention import block_attention
 from jaxdraft.sharding import constrain_dims, per_device
 
 
-def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], stddev: float, dtype) -> nnx.Param:
-    """A normally initialised parameter that carries its logical axis names."""
+def parameter(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    stddev: float | None,
+    dtype,
+    *,
+    num_input_dims: int = 1,
+) -> nnx.Param:
+    """A normally initialised projection that carries its logical axis names.
+
+    Args:
+      stddev: None: the inverse root of the number of inputs, so that inputs of unit width give outputs of unit width.
+      num_input_dims: leading dims of `shape` that a product sums over.
+    """
     assert len(shape) == len(axes)
+    if stddev is None:
+        stddev = math.prod(shape[:num_input_dims]) ** -0.5
     return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
 
 
@@ -138,7 +154,7 @@ class Attention(nnx.Module):
         self.q_proj = parameter(rngs, (h, q, d), ("embed", "heads", None), std, param_dtype)
         self.k_proj = parameter(rngs, (h, k, d), ("embed", "kv_heads", None), std, param_dtype)
         self.v_proj = parameter(rngs, (h, k, d), ("embed", "kv_heads", None), std, param_dtype)
-        self.o_proj = parameter(rngs, (q, d, h), ("heads", None, "embed"), std, param_dtype)
+        self.o_proj = parameter(rngs, (q, d, h), ("heads", None, "embed"), std, param_dtype, num_input_dims=2)
         self.q_norm = norm_scale(d, param_dtype)
         self.k_norm = norm_scale(d, param_dtype)
         self.eps, self.sliding = config.rms_norm_eps, sliding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from draft_helpers import SLIDING, packed_batch, random_frozen, random_params
 
-from jaxdraft.model.dflash import bind, block_input_embeddings
+from jaxdraft.model.dflash import bind, block_input_embeddings, init_params
 
 
 @functools.cache
@@ -42,3 +43,13 @@ def test_same_hidden_states_and_gradients(filled, predicted_only):
     for name, gradient in expected_grads.items():
         atol = 1e-5 * float(jnp.abs(gradient).max())
         np.testing.assert_allclose(grads[name], gradient, rtol=1e-4, atol=atol, err_msg=name)
+
+@pytest.mark.parametrize("given", [None, 0.05])
+def test_initial_widths(given):
+    """Without one width for all, every projection of inputs of unit width gives outputs of unit width."""
+    params = init_params(dataclasses.replace(SLIDING, initializer_range=given), jax.random.key(0))
+    inputs = {"o_proj": 2}  # dims that its product sums over
+    for name, weight in params.items():
+        if weight.ndim > 1:
+            fan_in = np.prod(weight.shape[: inputs.get(name.rpartition(".")[2], 1)])
+            np.testing.assert_allclose(np.std(weight), given or fan_in**-0.5, rtol=0.1, err_msg=name)
