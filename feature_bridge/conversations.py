@@ -132,6 +132,17 @@ def num_unasked(messages: Sequence[Mapping[str, Any]]) -> int:
     return len(list(itertools.takewhile(lambda message: message["role"] == "assistant", messages)))
 
 
+def with_answer(record: Any) -> tuple[Any, bool]:
+    """The record, a question at its end followed by an empty answer, for somebody to write; and whether one was."""
+    key = "messages" if isinstance(record, dict) and record.get("messages") else "conversations"
+    turns = record.get(key) if isinstance(record, dict) else None
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    name = (last.get("role") if last.get("role") is not None else last.get("from")) if isinstance(last, dict) else None
+    if not isinstance(name, str) or _ROLES.get(name) != "user":
+        return record, False
+    return record | {key: [*turns, {"role": "assistant", "content": ""}]}, True
+
+
 def _read_turn(turn: Any, index: int) -> tuple[str, Any, str]:
     if not isinstance(turn, dict):
         raise _broken(f"turn {index} is {type(turn).__name__}, expected an object")

@@ -7,19 +7,22 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import datasets
 import pytest
 from PIL import Image
 
-from feature_bridge import chat_server, regenerate
+from feature_bridge import answers, chat_server, regenerate
 from feature_bridge.conversations import parse
 from feature_bridge.media_parts import PartWriter
 from feature_bridge.sources import JsonlSource
@@ -36,7 +39,9 @@ class FakeServer:
 
     def __init__(self):
         self.requests, self.delay, self.fault, self.finish = [], 0.0, lambda number, messages: None, "stop"
-        self.seen = Counter()
+        # bodies: path -> what is answered there, whatever is asked
+        self.model, self.bodies, self.headers = "the-model", {}, {}
+        self.seen, self.keys = Counter(), set()
         lock = threading.Lock()
         outer = self
 
@@ -47,27 +52,38 @@ class FakeServer:
                 pass
 
             def do_GET(self):
-                assert self.path == "/v1/models"
-                self.reply(200, {"data": [{"id": "the-model"}]})
+                if self.path != "/v1/models":
+                    return self.reply(404, {"error": "no"})
+                self.reply(200, {"data": [{"id": outer.model}]})
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                assert self.path == "/v1/chat/completions"
+                if self.path != "/v1/chat/completions":
+                    return self.reply(404, {"error": "no"})
                 key = json.dumps(body["messages"])
                 with lock:
+                    outer.keys.add(self.headers["Authorization"])
                     outer.seen[key] += 1
                     outer.requests.append(body)
                     number = outer.seen[key]
                 time.sleep(outer.delay)
                 status = outer.fault(number, body["messages"])
+                if status in ("drops", "drops half way"):
+                    if status == "drops half way":
+                        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+                    self.close_connection = True
+                    return None
                 if status is not None:
                     return self.reply(status, {"error": "no"})
                 message = {"role": "assistant", "content": answer_to(body["messages"])}
-                self.reply(200, {"choices": [{"message": message, "finish_reason": outer.finish}]})
+                finish = outer.finish if isinstance(outer.finish, str) else outer.finish(number, body["messages"])
+                self.reply(200, {"choices": [{"message": message, "finish_reason": finish}]})
 
             def reply(self, status, body):
-                data = json.dumps(body).encode()
+                data = outer.bodies.get(self.path.removeprefix("/v1"), json.dumps(body).encode())
                 self.send_response(status)
+                for name, value in outer.headers.items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -153,7 +169,7 @@ def test_a_system_prompt_beside_the_conversation_is_asked_with(server, tmp_path)
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
 def test_thoughts_are_kept(name):
-    answer = regenerate.read_choice(0, 0, {"finish_reason": "stop", "message": {"content": "4.", name: "2+2"}})
+    answer = answers.read_choice(0, 0, {"finish_reason": "stop", "message": {"content": "4.", name: "2+2"}})
     assert (answer.content, answer.reasoning) == ("4.", "2+2")
 
 
@@ -225,11 +241,118 @@ def test_videos_travel_as_data_urls_and_listed_frames_do_not(server, tmp_path):
 
 
 def test_what_passes_is_tried_again(server, tmp_path):
-    server.fault = lambda number, messages: {1: 503, 2: 429}.get(number)
+    server.fault = lambda number, messages: {1: 503, 2: 429, 3: "drops", 4: "drops half way"}.get(number)
+    server.finish = lambda number, messages: "abort" if number == 5 else "stop"  # as a server that is being ended says
     data = write(tmp_path / "data.jsonl", [{"messages": [user(str(i)), old()]} for i in range(5)])
     assert run(server, data, tmp_path / "out.jsonl") == 0
-    assert set(server.seen.values()) == {3}
+    assert set(server.seen.values()) == {6}
     assert len(read(tmp_path / "out.jsonl")) == 5
+
+
+def test_a_server_says_when_to_ask_again(server, monkeypatch):
+    waits = []
+
+    async def sleep(seconds):
+        waits.append(seconds)
+
+    monkeypatch.setattr(chat_server, "asyncio", SimpleNamespace(sleep=sleep, TaskGroup=asyncio.TaskGroup))
+    server.headers = {"Retry-After": "77"}
+    server.fault = lambda number, messages: 429 if number == 1 else None
+
+    async def ask():
+        async with chat_server.Servers([server.url], retries=3, timeout_s=60) as servers:
+            return await servers.ask(chat_server.Sampling(model="m"), [user("1")])
+
+    assert asyncio.run(ask())["finish_reason"] == "stop"
+    assert waits == [77]
+
+
+@pytest.mark.parametrize("status", [503, "drops"])
+def test_a_server_that_ends_leaves_its_conversations_to_the_others(status, server, tmp_path):
+    """It is asked now and then whether it is back; the journal does not care who answered."""
+    other, third = FakeServer(), FakeServer()
+    servers = (server, other, third)
+    server.delay = other.delay = third.delay = 0.01
+    data = write(tmp_path / "data.jsonl", [{"messages": [user(str(i)), old()]} for i in range(60)])
+    options = ["--server", f"{other.url},{third.url}", "--concurrency", "6", "--retries", "0"]
+    other.fault = lambda number, messages: status if len(other.requests) > 5 else None
+    assert run(server, data, tmp_path / "out.jsonl", *options) == 0
+    assert [r["messages"][0]["content"] for r in read(tmp_path / "out.jsonl")] == [str(i) for i in range(60)]
+    assert min(len(one.requests) for one in servers) > 5  # each had its share
+    seen = sum((one.seen for one in servers), Counter())
+    assert len(seen) == 60
+    assert sum(seen.values()) > 60  # what it failed was asked of another one
+
+    for one in servers:
+        one.fault = lambda number, messages: 500 if messages[-1]["content"] == "30" else None
+    assert run(server, data, tmp_path / "again.jsonl", *options) == 2  # none of them answers that one
+    assert not (tmp_path / "again.jsonl").exists()
+    for one in servers:
+        one.fault, one.requests = lambda number, messages: None, []
+    assert run(third, data, tmp_path / "again.jsonl") == 0  # with another list of servers
+    assert len(third.requests) < 60
+    assert read(tmp_path / "again.jsonl") == read(tmp_path / "out.jsonl")
+    other.close()
+    third.close()
+
+
+def test_a_failed_server_gets_one_request_until_it_has_answered(monkeypatch):
+    one, two = chat_server._Server("http://one"), chat_server._Server("http://two")
+    now = 100.0
+    monkeypatch.setattr(chat_server, "time", SimpleNamespace(monotonic=lambda: now))
+    two.outstanding = 7
+    choose = lambda: min((one, two), key=chat_server._Server.load)
+    assert choose() is one
+    one.failed(0.0)
+    one.failed(0.0)  # one that was under way: the same failure
+    assert choose() is two
+    now += chat_server.FIRST_WAIT_S
+    assert choose() is one
+    one.outstanding = 1
+    assert choose() is two
+    one.answered()
+    assert choose() is one
+    one.outstanding = 0
+    one.failed(5.0)  # Retry-After
+    now += 4
+    assert choose() is two
+
+
+def test_servers_of_different_models_are_refused(server, tmp_path, capsys):
+    other = FakeServer()
+    other.model = "another"
+    data = write(tmp_path / "data.jsonl", [{"messages": [user("1"), old()]}])
+    for named in ([], ["--model", "the-model"]):
+        assert run(server, data, tmp_path / "o", "--server", other.url, *named) == 2
+        assert only_line(capsys) == (
+            f"error: {server.url}/v1 serves 'the-model' and {other.url}/v1 'another'; give servers of one model"
+        )
+    assert not (tmp_path / "o.journal").exists()
+    other.close()
+
+
+def test_the_key_travels(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    data = write(tmp_path / "data.jsonl", [{"messages": [user("1"), old()]}])
+    assert run(server, data, tmp_path / "o") == 0
+    assert server.keys == {"Bearer secret"}
+
+
+def test_more_requests_than_open_files_are_refused(monkeypatch):
+    limits = [(1024, 4096)]
+    fake = SimpleNamespace(
+        RLIMIT_NOFILE=7,
+        RLIM_INFINITY=-1,
+        getrlimit=lambda which: limits[-1],
+        setrlimit=lambda which, limit: limits.append(limit),
+    )
+    monkeypatch.setattr(regenerate, "resource", fake)
+    regenerate.allow_open_files(1000)
+    assert limits == [(1024, 4096)]
+    regenerate.allow_open_files(2048)
+    assert limits[-1] == (2048, 4096)
+    with pytest.raises(ValueError, match="needs 5,000 open files and 4,096 are allowed"):
+        regenerate.allow_open_files(5000)
 
 
 def test_what_does_not_pass_is_left_out_by_name(server, tmp_path, capsys):
@@ -243,7 +366,9 @@ def test_what_does_not_pass_is_left_out_by_name(server, tmp_path, capsys):
     data = write(tmp_path / "data.jsonl", records)
     assert run(server, data, tmp_path / "out.jsonl") == 0
     counts = json.loads(capsys.readouterr().out)
-    assert counts == {"conversations": 2, "answers": 2, "skipped": 2, "shortened": 1}
+    assert counts == {
+        "conversations": 2, "answers": 2, "prompts": 0, "skipped": 2, "cut_off": 0, "shortened": 1
+    }  # fmt: skip
     assert [r["messages"][0]["content"] for r in read(tmp_path / "out.jsonl")] == ["good", "fine"]
     assert [len(r["messages"]) for r in read(tmp_path / "out.jsonl")] == [2, 2]  # up to the last answer
     skipped = read(tmp_path / "out.jsonl.skipped")
@@ -252,12 +377,64 @@ def test_what_does_not_pass_is_left_out_by_name(server, tmp_path, capsys):
     assert set(server.seen.values()) == {1}  # a refusal is not tried again
 
 
-def test_an_answer_that_was_cut_off_is_left_out(server, tmp_path):
-    server.finish = "length"
-    data = write(tmp_path / "data.jsonl", [{"messages": [user("1"), old()]}])
+def test_an_answer_that_was_cut_off_is_left_out_and_counted(server, tmp_path, capsys):
+    server.finish = lambda number, messages: "length" if messages[-1]["content"] == "long" else "stop"
+    records = [
+        {"messages": [user("long"), old()]},
+        {"messages": [user("1"), old()]},
+        {"messages": [user("2"), old(), user("long"), old()]},
+    ]
+    data = write(tmp_path / "data.jsonl", records)
     assert run(server, data, tmp_path / "out.jsonl") == 0
-    assert read(tmp_path / "out.jsonl") == []
-    assert "raise --max-tokens" in read(tmp_path / "out.jsonl.skipped")[0]["reason"]
+    said = capsys.readouterr()
+    counts = {"conversations": 2, "answers": 2, "prompts": 0, "skipped": 1, "cut_off": 2, "shortened": 1}
+    assert json.loads(said.out) == counts
+    assert "3 of 3 conversations" in said.err
+    assert "50% cut off, 0 under way" in said.err  # 2 of the 4 answers that came
+    assert [record["messages"][0]["content"] for record in read(tmp_path / "out.jsonl")] == ["1", "2"]
+    (skipped,) = read(tmp_path / "out.jsonl.skipped")
+    assert skipped["reason"] == "the answer was cut off (length); raise --max-tokens"
+
+
+def test_a_run_without_one_answer_is_an_error(server, tmp_path, capsys):
+    """And so is data without a conversation. The reason is the first one, and the journal is kept."""
+    server.finish = "length"
+    data = write(tmp_path / "data.jsonl", [{"messages": [user("1"), old()]}, {"messages": "broken"}])
+    assert run(server, data, tmp_path / "out.jsonl") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(
+        "error: not one answer was obtained (data.jsonl:1: the answer was cut off (length); raise --m"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "data.jsonl", "out.jsonl.journal", "out.jsonl.skipped"
+    ]  # fmt: skip
+    assert run(server, write(tmp_path / "empty.jsonl", []), tmp_path / "other.jsonl") == 2
+    assert "(the data has no conversation)" in capsys.readouterr().err
+
+
+def test_prompts_alone_are_answered(server, tmp_path, capsys):
+    """A question at the end gets an answer, in both forms; the questions before it get theirs."""
+    several = [user("1"), old(), user("2")]
+    records = [
+        {"messages": [user("hi")], "id": 7},
+        {"conversations": [{"from": "human", "value": "ho"}]},
+        {"messages": several},
+        {"messages": [user("3"), old()]},
+        {"messages": [{"role": "system", "content": "s"}]},
+    ]
+    data = write(tmp_path / "data.jsonl", records)
+    assert run(server, data, tmp_path / "out.jsonl") == 0
+    counts = {"conversations": 4, "answers": 5, "prompts": 3, "skipped": 1, "cut_off": 0, "shortened": 0}
+    assert json.loads(capsys.readouterr().out) == counts
+    one = old(answer_to([user("1")]))
+    assert read(tmp_path / "out.jsonl") == [
+        {"id": 7, "messages": [user("hi"), old(answer_to([user("hi")]))]},
+        {"messages": [user("ho"), old(answer_to([user("ho")]))]},
+        {"messages": [user("1"), one, user("2"), old(answer_to([user("1"), one, user("2")]))]},
+        {"messages": [user("3"), old(answer_to([user("3")]))]},
+    ]
+    (skipped,) = read(tmp_path / "out.jsonl.skipped")
+    assert skipped == {"where": "data.jsonl:5", "reason": "no assistant turn"}
 
 
 def test_a_server_that_is_gone_ends_the_run_and_keeps_the_answers(server, tmp_path, capsys):
@@ -330,24 +507,46 @@ def test_refuses_another_journal_and_an_output_that_is_there(server, tmp_path, c
 
 def test_two_runs_do_not_share_a_journal(tmp_path):
     another = pytest.raises(ValueError, match="is being written by another run")
-    with regenerate.Journal(tmp_path / "j", {"data": "x"}), another:
-        regenerate.Journal(tmp_path / "j", {"data": "x"})
-    with regenerate.Journal(tmp_path / "j", {"data": "x"}) as journal:
+    with answers.Journal(tmp_path / "j", {"data": "x"}), another:
+        answers.Journal(tmp_path / "j", {"data": "x"})
+    with answers.Journal(tmp_path / "j", {"data": "x"}) as journal:
         assert journal.answers == {}
 
 
-def test_a_wrong_address_is_one_sentence(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(chat_server, "FIRST_WAIT_S", 0.01)
+@pytest.mark.parametrize("named", [(), ("--model", "m")])
+def test_a_server_that_was_never_there_is_one_sentence(named, server, tmp_path, capsys):
+    """Without the retries that a server gets which has answered before, and though another one is there."""
     data = write(tmp_path / "data.jsonl", [{"messages": [user("1"), old()]}])
-    command = ["--data", str(data), "--output", str(tmp_path / "o"), "--server", "http://127.0.0.1:9", "--retries", "1"]
-    assert regenerate.main(command) == 2
-    assert "error: http://127.0.0.1:9/v1 did not answer in 2 attempts (ConnectError" in capsys.readouterr().err
+    assert run(server, data, tmp_path / "o", "--server", gone(), "--retries", "1000", *named) == 2
+    assert re.match(
+        r"error: http://127.0.0.1:\d+/v1 does not answer \(ClientConnector.*start it first$", only_line(capsys)
+    )
+    assert server.requests == []
+    assert run(server, tmp_path / "none", tmp_path / "o", "--server", gone()) == 2
+    assert "cannot be read (No such file" in only_line(capsys)
+    server.url += "/elsewhere"
+    assert run(server, data, tmp_path / "o", "--retries", "0") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(rf"error: {server.url}/v1\S+ answers HTTP 404: check --server and the key$", line)
+
+
+def gone():
+    """An address at which nobody listens."""
+    with socket.socket() as once:
+        once.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{once.getsockname()[1]}"
+
+
+def only_line(capsys):
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--server", "localhost:30000"], "error: --server localhost:30000 is not a URL; give http://HOST:PORT"),
+        (["--server", "http://x,y"], "error: --server y is not a URL"),
         (["--server", "http://localhost:300000"], "error: --server http://localhost:300000 is not a URL"),
         (["--temperature", "nan"], "error: --concurrency and --max-tokens"),
         (["--timeout", "0"], "error: --top-p is above 0"),
@@ -369,19 +568,11 @@ def test_a_wrong_option_is_one_sentence(options, said, server, tmp_path, capsys)
 
 @pytest.mark.parametrize("answer", [{"object": "error"}, {"data": [], "choices": []}, ["<html>"], "<html>"])
 @pytest.mark.parametrize("path", ["/models", "/chat/completions"])
-def test_a_server_of_another_kind_is_one_sentence(path, answer, server, tmp_path, capsys, monkeypatch):
-    sent = chat_server.Server._request
-
-    async def request(self, method, asked, body):
-        response = await sent(self, method, asked, body)
-        if asked == path:
-            response._content = json.dumps(answer).encode() if answer != "<html>" else b"<html>"
-        return response
-
-    monkeypatch.setattr(chat_server.Server, "_request", request)
+def test_a_server_of_another_kind_is_one_sentence(path, answer, server, tmp_path, capsys):
+    server.bodies[path] = b"<html>" if answer == "<html>" else json.dumps(answer).encode()
     data = write(tmp_path / "data.jsonl", [{"messages": [user("1"), old()]}])
     assert run(server, data, tmp_path / "o") == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = only_line(capsys)
     assert line.startswith(f"error: {server.url}/v1{path} did not answer with a ")
     assert line.endswith("; check --server")
 
@@ -393,7 +584,7 @@ def test_ctrl_c_says_how_to_go_on(server, tmp_path, capsys, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(regenerate.Server, "ask", interrupted)
+    monkeypatch.setattr(regenerate.Servers, "ask", interrupted)
     assert run(server, data, tmp_path / "o") == 130
     assert capsys.readouterr().err == "stopped; the same command goes on from the last answer\n"
     monkeypatch.undo()
