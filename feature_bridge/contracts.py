@@ -34,6 +34,7 @@ class TargetSpec:
     trust_remote_code: bool = False
     sglang_args: dict[str, Any] = field(default_factory=dict)
     verify: bool = False  # compare SGLang's features of a probe batch with transformers' at start
+    cuda_graphs: bool = True  # launch SGLang's layers from CUDA graphs, where the target is one that they fit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,7 @@ def make_bridge_spec(config: Config, layer_ids: Sequence[int], **own: Any) -> Br
             trust_remote_code=target.trust_remote_code,
             sglang_args=dict(bridge.sglang_args),
             verify=bridge.verify,
+            cuda_graphs=bridge.cuda_graphs,
         ),
         data=DataSpec(
             train_path=data.train_path,

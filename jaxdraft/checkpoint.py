@@ -29,7 +29,7 @@ RESUME_MAY_CHANGE = frozenset({
     "max_bad_batches", "check_first_checkpoint", "num_decode", "max_new_tokens", "rows_per_device", "target.path",
     "data.train_path", "data.eval_path",
     "data.eval_rows", "data.num_workers", "data.cache_dir", "bridge.transport", "bridge.num_slots", "bridge.python",
-    "bridge.verify", "bridge.start_timeout_s", "bridge.request_timeout_s", "bridge.hang_timeout_s",
+    "bridge.verify", "bridge.cuda_graphs", "bridge.start_timeout_s", "bridge.request_timeout_s", "bridge.hang_timeout_s",
     "bridge.restarts", "bridge.memory_fraction",
     "bridge.devices", "bridge.tensor_parallel", "bridge.reader_processes",
     "bridge.sglang_args.mem_fraction_static", "bridge.sglang_args.max_total_tokens",

@@ -162,6 +162,8 @@ class BridgeConfig:
     verify: bool = False
     """At start, also compare SGLang's features of a probe batch with transformers', for which the target is loaded a
     second time (before SGLang loads it). That the right layers are captured is checked in any case."""
+    cuda_graphs: bool = True
+    """Launch the layers of a text target in SGLang from CUDA graphs, with the same features; False: one by one."""
     start_timeout_s: float = 1800.0
     """Seconds that a bridge may take to index the data and load the target."""
     hang_timeout_s: float = 4.0

@@ -55,6 +55,8 @@ def load_target(spec: BridgeSpec, *, memory_budget: int | None = None) -> Target
         print(f"bridge.verify: relative error of {target.info.backend} to {reference.backend}: {shown}", flush=True)
     elif spec.target.verify and backend == "sglang":
         target.extend(probe_requests(target, seed=0))  # rank 0 compares; all ranks have to run what it runs
+    if backend == "sglang" and spec.target.cuda_graphs:
+        target.use_graphs()  # from here on: the checks above hook the layers, and a graph runs no hooks
     return target
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from feature_bridge.contracts import Rank, TargetInfo, TargetSpec
+from feature_bridge.targets import sglang_graphs
 from feature_bridge.targets import sglang_versions as versions
 from feature_bridge.targets import sglang_visuals as visuals
 from feature_bridge.targets.base import Extended, Request, has_deepstack, join, text_config
@@ -101,6 +102,11 @@ class SGLangTarget:
         for module in self._model.modules():
             if type(module).__name__ == "LogitsProcessor":
                 module.register_forward_pre_hook(self._keep_states, with_kwargs=True)
+
+    def use_graphs(self) -> None:
+        """Launches the layers from CUDA graphs from now on, where that is possible; hooks on them no longer run."""
+        if self._num_ranks == 1 and torch.cuda.is_available():
+            sglang_graphs.install(self._model, self.config, self._runner, MAX_REQUESTS)
 
     @property
     def layers(self) -> Sequence[nn.Module]:
