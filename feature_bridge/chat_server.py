@@ -97,8 +97,10 @@ class Servers:
     """
 
     def __init__(self, urls: Sequence[str], *, retries: int, timeout_s: float, api_key: str | None = None):
-        import aiohttp
-
+        try:
+            import aiohttp
+        except ImportError:
+            raise ServerError("there is no aiohttp here; `pip install aiohttp`, or give --python") from None
         self._aiohttp, self._retries, self._timeout_s = aiohttp, retries, timeout_s
         self._servers = [_Server(url) for url in urls]
         self._headers = {"Content-Type": "application/json"}

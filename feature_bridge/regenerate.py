@@ -21,7 +21,6 @@ import math
 import os
 import resource
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,67 +28,27 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from feature_bridge import answers
-from feature_bridge.answers import Answer, Ask, Journal, line_of
+from feature_bridge.answer_progress import Progress
+from feature_bridge.answers import Ask, Journal, line_of
 from feature_bridge.chat_server import Sampling, ServerError, Servers
 from feature_bridge.media import SampleError
 from feature_bridge.sources import Source, open_source
 
-PROGRESS_S = 10.0
 _OTHER_FILES = 64  # that are open besides a connection for each conversation
 # From the source of SGLang 0.5.14: entrypoints/http_server.py, entrypoints/openai/serving_chat.py, server_args.py,
-# managers/schedule_policy.py. Its --num-continuous-decode-steps is read nowhere, --stream-interval is for streams alone,
-# and chat requests are tokenized before --enable-tokenizer-batch-encode would do it.
+# managers/schedule_policy.py. Its --num-continuous-decode-steps is read nowhere, --stream-interval is for streams
+# alone, and chat requests are tokenized before --enable-tokenizer-batch-encode would do it.
 _EPILOG = """\
 SGLang (0.5.14), started for hundreds of short answers a second by a small model:
   --tokenizer-worker-num 8         one process parses requests, fills the chat template and tokenizes; 8 share that
-                                   (then the server does not check --api-key)
+                                   (and the server then has no --api-key)
   --cuda-graph-max-bs-decode 1024  a larger batch decodes without a CUDA graph; the default of one H200 is 256
   --log-level-http warning         no line of log for every answer
-and --concurrency 1024 here. A request waits until --max-tokens more tokens fit into the KV cache, beside a share of what
-those that run may still write: for a model that fills the GPU lower --max-tokens, or give
---schedule-conservativeness 0.3. One scheduler uses one core: if that is full and the GPU is not, start several servers,
-on one GPU each with its part of it (--mem-fraction-static), and give each as a --server.
+and --concurrency 1024 here. A request waits until --max-tokens more tokens fit into the KV cache, beside a share of
+what those that run may still write: for a model that fills the GPU lower --max-tokens, or give
+--schedule-conservativeness 0.3. One scheduler uses one core: if that is full and the GPU is not, start several
+servers, on one GPU each with its part of it (--mem-fraction-static), and give each as a --server.
 """
-
-
-class Progress:
-    """Counts what comes from the servers, and says how fast."""
-
-    def __init__(self, num_conversations: int):
-        self.num_conversations, self.done, self.skipped = num_conversations, 0, 0
-        self.answers, self.cut_off, self.under_way = 0, 0, 0
-        self._began = self._shown = time.monotonic()
-        self._answers_shown = 0
-
-    def came(self, answer: Answer) -> None:
-        self.answers += 1
-        self.cut_off += answer.cut_off
-
-    def counted(self, ask: Ask) -> Ask:
-        async def counted(messages: list[dict[str, Any]]) -> dict[str, Any]:
-            self.under_way += 1
-            try:
-                return await ask(messages)
-            finally:
-                self.under_way -= 1
-
-        return counted
-
-    def line(self) -> str:
-        """How it goes; the first rate is since the line before."""
-        now = time.monotonic()
-        rate = (self.answers - self._answers_shown) / (now - self._shown)
-        mean = self.answers / (now - self._began)
-        self._shown, self._answers_shown = now, self.answers
-        return (
-            f"{self.done:,} of {self.num_conversations:,} conversations, {rate:.1f} answers/s (mean {mean:.1f}), "
-            f"{self.cut_off / max(1, self.answers):.0%} cut off, {self.under_way:,} under way, {self.skipped:,} skipped"
-        )
-
-    async def say_often(self, say: Callable[[str], Any]) -> NoReturn:
-        while True:
-            await asyncio.sleep(PROGRESS_S)
-            say(self.line())
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------

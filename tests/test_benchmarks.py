@@ -192,3 +192,19 @@ def test_several_gpus(tmp_path):
     assert "all-gather" in rows["fsdp=2: sends"]
     assert "all-to-all" not in rows["fsdp=2: sends"], "activations are sent where weights should be"
     assert rows["a target on each of 2 GPUs"].startswith("8 rows: the same bits")
+
+
+def test_regenerate_quick(tmp_path):
+    """The client alone against the fake server, and a server that is not there."""
+    command = [sys.executable, "-m", "benchmarks.regenerate"]
+    result = subprocess.run([*command, "--quick"], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    (row,) = re.findall(r"^\| fake, 0.05 s \| 16 \| (.*) \| 0% \|$", result.stdout, re.M)
+    answers, tokens, *_ = row.replace(",", "").split(" | ")
+    assert float(answers) > 0
+    assert float(tokens) == pytest.approx(320 * float(answers), rel=0.2)  # answers/s are rounded
+    (tmp_path / "prompts.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    command += ["--server", "http://127.0.0.1:9", "--data", str(tmp_path / "prompts.jsonl")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 2
+    assert re.match(r"error: http://127.0.0.1:9/v1 does not answer \(.*\n$", result.stderr)

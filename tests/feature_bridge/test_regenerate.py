@@ -37,7 +37,7 @@ def answer_to(messages):
 class FakeServer:
     """Answers chat completions; `fault(number of this request for these messages, messages)` may give a status."""
 
-    def __init__(self):
+    def __init__(self, port=0):
         self.requests, self.delay, self.fault, self.finish = [], 0.0, lambda number, messages: None, "stop"
         # bodies: path -> what is answered there, whatever is asked
         self.model, self.bodies, self.headers = "the-model", {}, {}
@@ -88,7 +88,7 @@ class FakeServer:
                 self.end_headers()
                 self.wfile.write(data)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -294,6 +294,30 @@ def test_a_server_that_ends_leaves_its_conversations_to_the_others(status, serve
     assert read(tmp_path / "again.jsonl") == read(tmp_path / "out.jsonl")
     other.close()
     third.close()
+
+
+def test_a_server_that_dies_is_waited_for(server, tmp_path, monkeypatch):
+    """Longer than one that was never there; and then the answers are where they were."""
+    waits, back = [], []
+
+    def fault(number, messages):
+        if messages[-1]["content"] != "1":
+            return None
+        server.close()
+        return "drops"
+
+    async def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == chat_server.START_RETRIES + 3:
+            back.append(FakeServer(int(server.url.rpartition(":")[2])))
+
+    monkeypatch.setattr(chat_server, "asyncio", SimpleNamespace(sleep=sleep, TaskGroup=asyncio.TaskGroup))
+    server.fault = fault
+    data = write(tmp_path / "data.jsonl", [{"messages": [user(str(i))]} for i in range(3)])
+    assert run(server, data, tmp_path / "out.jsonl", "--concurrency", "1") == 0
+    assert [r["messages"][0]["content"] for r in read(tmp_path / "out.jsonl")] == ["0", "1", "2"]
+    assert back[0].seen[json.dumps([user("1")])] == 1
+    back[0].close()
 
 
 def test_a_failed_server_gets_one_request_until_it_has_answered(monkeypatch):
