@@ -249,6 +249,30 @@ def test_what_passes_is_tried_again(server, tmp_path):
     assert len(read(tmp_path / "out.jsonl")) == 5
 
 
+def test_an_answer_that_takes_too_long_is_asked_again(server, tmp_path):
+    over = threading.Event()
+
+    def fault(number, messages):
+        if number > 1:
+            return None
+        over.wait(60)
+        return "drops"
+
+    server.fault = fault
+    data = write(tmp_path / "data.jsonl", [{"messages": [user("1")]}])
+    assert run(server, data, tmp_path / "out.jsonl", "--timeout", "1") == 0
+    over.set()
+    assert server.seen[json.dumps([user("1")])] > 1
+
+
+@pytest.mark.filterwarnings("error::ResourceWarning")  # aiohttp's, where the event loop would stand still
+def test_a_large_request_is_sent_piece_by_piece_and_again(server, tmp_path):
+    server.fault = lambda number, messages: 503 if number == 1 else None
+    data = write(tmp_path / "data.jsonl", [{"messages": [user("0123456789" * 300_000)]}])
+    assert run(server, data, tmp_path / "out.jsonl") == 0
+    assert [body["messages"][0]["content"] for body in server.requests] == 2 * ["0123456789" * 300_000]
+
+
 def test_a_server_says_when_to_ask_again(server, monkeypatch):
     waits = []
 
