@@ -12,6 +12,7 @@ Legend: R rows of a batch, S tokens of a row, N anchors of one call, B block slo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ from jaxdraft.held_out import HeldOut, open_held_out, prepare_jax
 from jaxdraft.losses import LossConfig, LossSums, sums_of_blocks
 from jaxdraft.model.tensors import from_tensors
 from jaxdraft.objective import Params, Predictions
+from jaxdraft.ops.rounding import rounded
 from jaxdraft.run import make_plan, write_json
 from jaxdraft.sharding import make_mesh
 from jaxdraft.target import open_target
@@ -113,10 +115,13 @@ def kept_samples(rows: HostRows, planned: Sequence[tuple[int, Sequence[int]]]) -
     return kept
 
 
-@jax.jit
-def as_served(params: Params) -> Params:
-    """Parameters as an exported draft has them, rounded to bfloat16: evaluation measures what will be decoded with."""
-    return jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), params)
+@functools.partial(jax.jit, static_argnames="dtype")
+def as_served(params: Params, dtype: str = "bfloat16") -> Params:
+    """Parameters with the values that they have after an export in `dtype`, bit for bit; their own dtype stays.
+
+    Evaluation measures what will be decoded with, and the first checkpoint is compared with its export.
+    """
+    return jax.tree.map(lambda x: rounded(x, dtype), params)
 
 
 def candidates(rows: HostRows) -> Bool[np.ndarray, "R S"]:
@@ -216,6 +221,7 @@ def evaluate_held_out(held: HeldOut, tensors: Mapping[str, np.ndarray]) -> EvalR
     mesh = make_mesh(devices=jax.local_devices()[:1])  # whatever other devices are here
     eval_step = make_eval_step(draft, config.loss, options, held.frozen(config.compute_dtype), mesh=mesh)
     params = {name: jnp.asarray(a, jnp.float32) for name, a in from_tensors(tensors, draft).items()}
+    params = as_served(params, config.target.dtype)  # decoding loads a draft in the target's dtype, whatever it is in
     plan = make_plan(config, np.empty(0, np.int32), held.lengths)
     stream = FeatureStream(held.bridge, plan.eval_requests)
     return evaluate_batches(eval_step, params, stream, len(plan.eval_requests), draft.block_size, config.loss)
