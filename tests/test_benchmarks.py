@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from runs import write_data
 
 from jaxdraft.cli import load_config
 
@@ -208,3 +209,34 @@ def test_regenerate_quick(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 2
     assert re.match(r"error: http://127.0.0.1:9/v1 does not answer \(.*\n$", result.stderr)
+
+
+def test_recipe_quick(tmp_path):
+    """Variants of two seeds on the embedded target; a second call has nothing left to do, and captures nothing."""
+    write_data(tmp_path)
+    held_out = tmp_path / "eval.jsonl"
+    command = [sys.executable, "-m", "benchmarks.recipe", "--quick", "--config", "tiny_qwen35vl.py"]
+    command += [
+        "--target",
+        str(TINY / "target"),
+        "--data",
+        str(tmp_path / "train.jsonl"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    command += ["--held-out", f"a={held_out}", f"b={held_out}", "--groups", "base,batch", "--seeds", "0,1"]
+    command += ["--steps", "2", "--points", "2", "--", "--data.cache-dir", "None", "--target.backend", "huggingface"]
+    for first in (True, False):
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert ("| base | 0 | 2 |" in result.stdout) == first
+        assert ("data 0: " in result.stdout) == first
+    found = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert {name: len(one["curve"]) for name, one in found.items()} == {
+        f"{name}, seed {seed}": points
+        for name, points in (("base", 2), ("2 rows a step, half the steps", 1), ("2 rows a step", 2))
+        for seed in (0, 1)
+    }
+    last = [found[f"base, seed {seed}"]["curve"][-1] for seed in (0, 1)]
+    assert last[0]["a"] == last[0]["b"]
+    assert last[0]["held_out_loss"] != last[1]["held_out_loss"]

@@ -33,7 +33,8 @@ import numpy as np
 from benchmarks.bridge import versions
 from benchmarks.recipe.store import Reread, Store, capture, reader
 from benchmarks.recipe.variants import BASE, GROUPS, Variant
-from jaxdraft.cli import parse_args
+from jaxdraft.bridges import BridgeError
+from jaxdraft.cli import parse_args, run_command
 from jaxdraft.config import Config
 from jaxdraft.eval_result import EvalResult
 from jaxdraft.evaluate import as_served, evaluate_batches
@@ -201,7 +202,13 @@ def main() -> int:
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     set_of_line = gather_held_out(args)
-    plans = make_plans(args)
+    file = args.out / "recipe.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    plans = [plan for plan in make_plans(args) if any(f"{plan.name}, seed {seed}" not in known for seed in seeds)]
+    if not plans:
+        print(f"{file} has all of it")
+        return 0
     prepare_jax(plans[0].config)
     print(f"{time.strftime('%Y-%m-%d')}, {versions()}, {jax.devices()[0].device_kind}\n", flush=True)
 
@@ -225,18 +232,14 @@ def main() -> int:
     target = open_target(plans[0].config.target)
     embedding, head = load_frozen(plans[0].config.target, target, jnp.dtype(plans[0].config.compute_dtype))
     frozen = Frozen(embedding=embedding, head=head)
-    file = args.out / "recipe.json"
-    known = json.loads(file.read_text()) if file.is_file() else {}
-    seeds = [int(seed) for seed in args.seeds.split(",")]
     columns = ["variant", "seed", "steps", *(f"tau {name}" for name in sets)]
     columns += [f"tau {next(iter(sets))} before", "held-out loss", "first loss, gradient norm", "ms a step"]
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|", flush=True)
-    todo = [plan for plan in plans if any(f"{plan.name}, seed {seed}" not in known for seed in seeds)]
     with ThreadPoolExecutor(4) as pool:  # while one trains, the next ones are compiled
         waiting: list[Future[Compiled]] = [
-            pool.submit(compile_plan, plan, stores[plan.variant.source], frozen) for plan in todo
+            pool.submit(compile_plan, plan, stores[plan.variant.source], frozen) for plan in plans
         ]
-        for plan, future in zip(todo, waiting, strict=True):
+        for plan, future in zip(plans, waiting, strict=True):
             if time.perf_counter() - began > args.limit:
                 future.cancel()
                 print(f"{plan.name}: not run, the limit of {args.limit:.0f} s is over", flush=True)
@@ -253,4 +256,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, BridgeError)

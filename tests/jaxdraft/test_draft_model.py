@@ -44,6 +44,7 @@ def test_same_hidden_states_and_gradients(filled, predicted_only):
         atol = 1e-5 * float(jnp.abs(gradient).max())
         np.testing.assert_allclose(grads[name], gradient, rtol=1e-4, atol=atol, err_msg=name)
 
+
 @pytest.mark.parametrize("given", [None, 0.05])
 def test_initial_widths(given):
     """Without one width for all, every projection of inputs of unit width gives outputs of unit width."""
