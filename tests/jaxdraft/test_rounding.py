@@ -97,7 +97,7 @@ SAME_VALUES |= {"expand_dims", "copy", "optimization_barrier", "rev", "sharding_
 
 
 def lost_roundings(jaxpr, given=None):
-    """Casts in a jaxpr, and in those within it, that a GPU would leave out, each as a string: an input was cast to fewer
+    """Casts in a jaxpr, and in those within it, that a GPU would leave out, as strings: an input was cast to fewer
     bits, and is cast back before anything was computed from it.
 
     `given`: for each input, the dtype that it was narrowed from, or None; all inputs of a program are as they are.
