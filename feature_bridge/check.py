@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +27,8 @@ from feature_bridge.contracts import Check, Checked, CheckedSystem
 from feature_bridge.cpu_stand_ins import torchvision_ops
 from feature_bridge.targets.base import Target
 from feature_bridge.torch_draft import TorchDraft, visible_keys
+
+MAX_NOTE = 1000  # characters of an error; a compiler's has thousands
 
 
 class NotRun(Exception):
@@ -57,43 +60,55 @@ def check(target: Target, request: Check, *, rank: int = 0) -> Checked:
 
 
 def _check_one(name: str, target: Target, request: Check, inputs: dict[str, Tensor], rank: int) -> CheckedSystem:
-    directory = Path(request.draft_path)
+    """One system's verdict about itself. Whatever its code raises, at whatever moment, is its word about the draft."""
+    known: dict[str, Any] = {}
     try:
-        system = SYSTEMS[name](directory, target)
-    except ImportError as error:
-        return CheckedSystem(name=name, status="not installed", note=str(error))
-    except NotRun as error:
-        return CheckedSystem(name=name, status="not run", note=str(error))
-    except Exception as error:  # whatever another project's loader raises is that system's word about the draft
-        return CheckedSystem(name=name, status="failed", note=" ".join(str(error).split()) or type(error).__name__)
-    weights = {tensor: digest(weight) for tensor, weight in system.weights().items()}
-    outputs_path = Path(request.inputs_path).with_name(f"{name}{f'.rank{rank}' if rank else ''}.safetensors")
+        try:
+            system = SYSTEMS[name](Path(request.draft_path), target)
+        except ImportError as error:
+            return CheckedSystem(name=name, status="not installed", note=_one_line(error))
+        except NotRun as error:
+            return CheckedSystem(name=name, status="not run", note=_one_line(error))
+        # As they will be sent: here is where fields are refused that cannot be.
+        fields = msgspec.msgpack.decode(msgspec.msgpack.encode(system.fields), type=dict[str, Any])
+        weights = {str(tensor): digest(weight) for tensor, weight in system.weights().items()}
+        known = {"fields": fields, "weights": weights}
+        outputs = run_blocks(system, fields, target, inputs, getattr(torch, request.embedding_dtype))
+        path = Path(request.inputs_path).with_name(f"{name}{f'.rank{rank}' if rank else ''}.safetensors")
+        save_file(outputs, path)
+        return CheckedSystem(name=name, status="ran", note=str(system.version), outputs_path=str(path), **known)
+    except KeyboardInterrupt:  # the user's word, in a bridge that lives in the trainer
+        raise
+    except BaseException as error:  # another project's code may also end the process, by SystemExit
+        text = _one_line(error)
+        note = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        return CheckedSystem(name=name, status="failed", note=note, **known)
+
+
+def _one_line(error: BaseException) -> str:
+    """An error's text as a message can carry it: one line, not endless, and empty where the error cannot say it."""
     try:
-        save_file(run_blocks(system, target, inputs, getattr(torch, request.embedding_dtype)), outputs_path)
-    except Exception as error:
-        return CheckedSystem(
-            name=name, status="failed", note=f"{type(error).__name__}: {error}", fields=system.fields, weights=weights
-        )
-    return CheckedSystem(
-        name=name,
-        status="ran",
-        note=system.version,
-        outputs_path=str(outputs_path),
-        fields=system.fields,
-        weights=weights,
-    )
+        text = " ".join(str(error).split())
+    except Exception:  # of another project's error class
+        return ""
+    return text.encode(errors="replace").decode()[:MAX_NOTE]
 
 
 def run_blocks(
-    system: System, target: Target, inputs: dict[str, Tensor], embedding_dtype: torch.dtype
+    system: System,
+    fields: dict[str, Any],
+    target: Target,
+    inputs: dict[str, Tensor],
+    embedding_dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """Hidden states [N, B, H] of each conversation's blocks under its number, "0", "1", ..
 
     Args:
+      fields: the system's.
       inputs: "I.tokens" [S] int32, "I.features" [S, W] float32, "I.anchors" [N] int32 of conversation I.
     """
     outputs = {}
-    masks = [system.fields["mask_token_id"]] * (system.fields["block_size"] - 1)
+    masks = [fields["mask_token_id"]] * (fields["block_size"] - 1)
     for number in sorted({name.partition(".")[0] for name in inputs}, key=int):
         tokens, features, anchors = (inputs[f"{number}.{name}"] for name in ("tokens", "features", "anchors"))
         blocks = []

@@ -79,16 +79,23 @@ class SGLangDraft:
 
     @property
     def fields(self) -> dict[str, Any]:
-        config, rope = self._model.draft_config, self._model.layers[0].self_attn.rotary_emb
+        config, rope = versions.draft_config(self._model), self._model.layers[0].self_attn.rotary_emb
+        layer_ids = config.target_layer_ids
+        if layer_ids is None:  # then it reads as many layers as the draft has, evenly spread
+            num_layers = len(self._model.layers)
+            layer_ids = config.resolve_target_layer_ids(
+                target_num_layers=config.num_target_layers or num_layers, draft_num_layers=num_layers
+            )
         return {
             "block_size": int(self._model.block_size),
-            "target_layer_ids": [int(l) for l in config.target_layer_ids],
+            "target_layer_ids": [int(l) for l in layer_ids],
             "mask_token_id": config.mask_token_id,
             "rope_theta": float(rope.base),
             "rms_norm_eps": float(self._model.norm.variance_epsilon),
             "input_embedding_scale": 1.0,  # neither its model nor its worker has such a factor
-            "output_multiplier": float(config.output_multiplier),
-            "final_logit_softcapping": float(config.final_logit_softcapping or 0.0),
+            # Releases without these fields ignore what config.json says of them.
+            "output_multiplier": float(getattr(config, "output_multiplier", 1.0)),
+            "final_logit_softcapping": float(getattr(config, "final_logit_softcapping", None) or 0.0),
         }
 
     def weights(self) -> dict[str, Tensor]:
@@ -112,10 +119,11 @@ class SGLangDraft:
         """Hidden states [B, H] of a block whose anchor is at position A."""
         num_context, num_slots = len(features_aw), len(embedding_bh)
         positions = torch.arange(num_context + num_slots, device=embedding_bh.device)
-        context_ah = self._model.project_target_hidden(features_aw)
-        for layer in self._model.layers:
-            attention = layer.self_attn
-            k, v = attention.kv_proj_only(context_ah)
-            k = attention.apply_k_rope(positions[:num_context], attention.apply_k_norm(k))
-            attention.attn.context = (k, v)
-        return self._model(None, positions[num_context:], None, input_embeds=embedding_bh).hidden_states
+        with versions.plain_norms():
+            context_ah = self._model.project_target_hidden(features_aw)
+            for layer in self._model.layers:
+                attention = layer.self_attn
+                k, v = attention.kv_proj_only(context_ah)
+                k = attention.apply_k_rope(positions[:num_context], attention.apply_k_norm(k))
+                attention.attn.context = (k, v)
+            return self._model(None, positions[num_context:], None, input_embeds=embedding_bh).hidden_states

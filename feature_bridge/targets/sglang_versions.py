@@ -223,6 +223,35 @@ def use_native_ops(model: Any) -> None:
             module._forward_method = module.forward_native
 
 
+@contextlib.contextmanager
+def plain_norms() -> Iterator[None]:
+    """Lets models norm their queries and keys by the modules that they have for it, which `use_native_ops` has set.
+
+    On a GPU they would first try to compile a kernel of 16-bit numbers for float32. It fails and is tried again in
+    every layer of every pass, which takes a compiler's time each.
+    """
+    from sglang.srt.models import utils
+
+    on_cuda = getattr(utils, "_is_cuda", False)
+    utils._is_cuda = False
+    try:
+        yield
+    finally:
+        utils._is_cuda = on_cuda
+
+
+def draft_config(model: Any) -> Any:
+    """What SGLang understood of a DFLASH draft's config.json: its model keeps that in 0.5.20, not in 0.5.14 or 0.5.16.
+
+    Raises what SGLang's parser raises.
+    """
+    if hasattr(model, "draft_config"):
+        return model.draft_config
+    from sglang.srt.speculative.dflash_utils import parse_dflash_draft_config
+
+    return parse_dflash_draft_config(draft_hf_config=model.config)
+
+
 def ask_for_longest_picture_once() -> None:
     """Up to 0.5.16 the CPU waits in every layer of the vision tower for the length of the longest picture.
 

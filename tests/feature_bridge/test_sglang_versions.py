@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from feature_bridge.targets import sglang_versions as versions
+from feature_bridge.targets.sglang_draft import SGLangDraft
 
 
 @pytest.mark.parametrize(
@@ -210,3 +211,79 @@ def test_native_ops_of_a_model():
     model = torch.nn.Sequential(Op(), torch.nn.Identity(), torch.nn.Sequential(Op()))
     versions.use_native_ops(model)
     assert model(torch.ones(1)) == 4
+
+
+def fake_modules(monkeypatch, **leaves):
+    """Modules of SGLang by name, and the packages above them."""
+    for name, module in leaves.items():
+        parts = name.split("__")
+        for i in range(1, len(parts)):
+            package = ".".join(parts[:i])
+            if package not in sys.modules or not hasattr(sys.modules[package], "is_fake"):
+                monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+                sys.modules[package].is_fake = True
+        monkeypatch.setitem(sys.modules, ".".join(parts), module)
+        monkeypatch.setattr(sys.modules[".".join(parts[:-1])], parts[-1], module, raising=False)
+
+
+def test_norms_of_queries_and_keys_are_the_modules_own_ones(monkeypatch):
+    """On a GPU, SGLang would compile a 16-bit kernel for float32 in every layer of every pass, in vain."""
+    utils = types.ModuleType("sglang.srt.models.utils")
+    utils._is_cuda = True
+    fake_modules(monkeypatch, sglang__srt__models__utils=utils)
+    with versions.plain_norms():
+        assert utils._is_cuda is False
+    assert utils._is_cuda is True
+    with pytest.raises(RuntimeError), versions.plain_norms():
+        raise RuntimeError("a kernel")
+    assert utils._is_cuda is True
+
+
+def draft_model(**attributes):
+    """What is read of an SGLang draft model, beside its config."""
+    rope = SimpleNamespace(base=10_000)
+    layers = [SimpleNamespace(self_attn=SimpleNamespace(rotary_emb=rope))] * 2
+    norm = SimpleNamespace(variance_epsilon=1e-6)
+    return SimpleNamespace(block_size=4, layers=layers, norm=norm, **attributes)
+
+
+class OldConfig(SimpleNamespace):
+    """`DFlashDraftConfig` of 0.5.14 and 0.5.16: no output multiplier and no cap."""
+
+    def resolve_target_layer_ids(self, *, target_num_layers, draft_num_layers):
+        return [target_num_layers - 1 - i for i in range(draft_num_layers)][::-1]
+
+
+def fields_of(model):
+    draft = SGLangDraft.__new__(SGLangDraft)
+    draft._model = model
+    return draft.fields
+
+
+def test_fields_of_each_releases_draft_class(monkeypatch):
+    """0.5.14's model keeps nothing of what it reads in config.json: it is asked to read it again."""
+    config = OldConfig(target_layer_ids=[1, 3], num_target_layers=8, mask_token_id=7)
+    utils = types.ModuleType("sglang.srt.speculative.dflash_utils")
+    utils.parse_dflash_draft_config = lambda *, draft_hf_config: {"the draft's": config}[draft_hf_config]
+    fake_modules(monkeypatch, sglang__srt__speculative__dflash_utils=utils)
+    old = fields_of(draft_model(config="the draft's"))
+    assert old == {
+        "block_size": 4,
+        "target_layer_ids": [1, 3],
+        "mask_token_id": 7,
+        "rope_theta": 10_000.0,
+        "rms_norm_eps": 1e-6,
+        "input_embedding_scale": 1.0,
+        "output_multiplier": 1.0,
+        "final_logit_softcapping": 0.0,
+    }
+    config = SimpleNamespace(**vars(config), output_multiplier=0.5, final_logit_softcapping=None)
+    new = fields_of(draft_model(draft_config=config))  # 0.5.20
+    assert new == old | {"output_multiplier": 0.5}
+
+
+def test_a_foreign_draft_that_names_no_layers(monkeypatch):
+    config = OldConfig(target_layer_ids=None, num_target_layers=8, mask_token_id=7)
+    assert fields_of(draft_model(draft_config=config))["target_layer_ids"] == [6, 7]
+    config.num_target_layers = None
+    assert fields_of(draft_model(draft_config=config))["target_layer_ids"] == [0, 1]
