@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bridge_row import path_with_repository
+from feature_bridge.logs import excerpt, read_end
 
 FAMILIES = ("qwen3_5", "qwen3_vl", "qwen2_5_vl")
 LIMITS_S = {"row": 200, "run": 200, "hang": 150, "parity": 150, "mps": 110, "peers": 90}
@@ -186,9 +187,9 @@ def limit(args: argparse.Namespace, part: str) -> float:
 
 
 def tail(log: Path, count: int = 25) -> None:
+    """Prints a log's error, where it has one, and its last lines."""
     if log.is_file():
-        lines = [line[:300] for line in log.read_text(errors="replace").splitlines() if line.strip()][-count:]
-        print(f"\nend of {log.name}:\n```\n" + "\n".join(lines) + "\n```", flush=True)
+        print(f"\nend of {log.name}:\n```\n{excerpt(read_end(log), count)}\n```", flush=True)
 
 
 def versions() -> str:

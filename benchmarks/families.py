@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from feature_bridge.contracts import BridgeSpec, DataSpec, TargetSpec
+from feature_bridge.logs import error_in, last_line
 from feature_bridge.targets import load_target
 from feature_bridge.targets.base import Request
 from feature_bridge.targets.huggingface import HuggingFaceTarget
@@ -68,7 +69,7 @@ def measure(family: str, directory: Path) -> tuple[dict[str, str], dict[str, flo
     command = [sys.executable, "-m", "benchmarks.families", "capture", family, str(path), str(out)]
     done = subprocess.run(command, cwd=TESTS.parent, env=os.environ, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        raise RuntimeError(error_in(done.stderr) or last_line(done.stderr) or f"exit code {done.returncode}")
     with safe_open(out, framework="pt") as file:
         facts = json.loads(file.metadata()["facts"])
     spec = TargetSpec(path=str(path), layer_ids=LAYER_IDS[family], dtype="float32")

@@ -29,6 +29,7 @@ from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the bridge needs the GPU as well
 
+from feature_bridge.logs import excerpt, read_end
 from jaxdraft.cli import parse_args
 from jaxdraft.convert import load_draft
 from jaxdraft.eval_result import Answer
@@ -84,7 +85,7 @@ def serve(name: str, number: int, out: Path, args: argparse.Namespace, target: s
     marks = [line for line in lines if line.startswith(f"{name} ")]
     print(f"<!-- {name}: {time.monotonic() - start:.0f} s, exit code {code}; {'; '.join(marks)} -->", flush=True)
     if not (out / f"{name}.json").is_file():
-        print("\n".join(["```", *(line[:300] for line in lines[-30:]), "```"]), flush=True)
+        print(f"```\n{excerpt(read_end(out / f'{name}.log'), 30)}\n```", flush=True)
         return None
     return json.loads((out / f"{name}.json").read_text())
 

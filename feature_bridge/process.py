@@ -11,8 +11,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from feature_bridge.logs import quote_file
+
 _POLL_S = 0.02
-_GIST_BYTES, _GIST_CHARS = 65536, 300
 
 
 class BridgeProcess:
@@ -101,7 +102,7 @@ class BridgeProcess:
             self._process.wait()
 
     def describe_end(self, patience_s: float) -> str:
-        """How it ended and what its log says last, as a clause. It gets `patience_s` seconds to end by itself."""
+        """How it ended and the error in its log, as a clause. It gets `patience_s` seconds to end by itself."""
         by_itself = self.wait_for_exit(patience_s)
         self.kill()
         code = self._process.returncode
@@ -114,20 +115,7 @@ class BridgeProcess:
             end = f"was killed by {signal.Signals(-code).name}"
             if -code == signal.SIGKILL:
                 end += " (often the kernel's, out of memory)"
-        return f"{end}; {self._log_gist()}"
-
-    def _log_gist(self) -> str:
-        try:
-            log = self.log_path.open("rb")
-        except OSError as error:
-            return f"its log {self.log_path} cannot be read ({error.strerror})"
-        with log:
-            end = log.seek(0, os.SEEK_END)
-            log.seek(max(self._log_start, end - _GIST_BYTES))
-            lines = log.read().decode(errors="replace").splitlines()
-        lines = [line.strip() for line in lines if line.strip()]
-        gist = f"ends: {lines[-1][:_GIST_CHARS]}" if lines else "is empty"
-        return f"its log {self.log_path} {gist}"
+        return f"{end}; {quote_file(self.log_path, self._log_start)}"
 
 
 def _environment(extra: Mapping[str, str], directory: Path) -> dict[str, str]:

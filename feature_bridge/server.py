@@ -148,10 +148,9 @@ def serve(connection: wire.Connection, spec: BridgeSpec, worker_path: str) -> No
                 raise
             traceback.print_exc()
             answer = Failure(request_id=request.request_id, message=describe(error))
-        except Exception as error:
+        except Exception:
             # A dead reader, or a GPU in a lasting error: later requests would fail too, but a new bridge may work.
-            traceback.print_exc()
-            print(describe(error), file=sys.stderr, flush=True)  # the last line of the log, which the trainer quotes
+            traceback.print_exc()  # the trainer quotes its last line
             os._exit(1)
         connection.send(answer)
 

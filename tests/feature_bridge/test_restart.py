@@ -146,7 +146,7 @@ def test_what_is_no_fault_of_the_request_ends_the_bridge(restarting):
     start, said = restarting
     client = start(restarts=1)
     client.fill("train", rows(0, BREAK))
-    with pytest.raises(BridgeError, match=r"exit code 1; .* ends: RuntimeError: CUDA error: an illegal .* more flags$"):
+    with pytest.raises(BridgeError, match=r"exit code 1; .* says: RuntimeError: CUDA error: an illegal address$"):
         client.next_filled()
     assert len(said) == 1
 
