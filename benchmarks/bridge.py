@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bridge_row import path_with_repository
+from feature_bridge.installed import UNKNOWN, version_of
 from feature_bridge.logs import excerpt, read_end
 
 FAMILIES = ("qwen3_5", "qwen3_vl", "qwen2_5_vl")
@@ -193,14 +194,10 @@ def tail(log: Path, count: int = 25) -> None:
 
 
 def versions() -> str:
-    from importlib import metadata
-
     found = []
     for name in ("jax", "flax", "torch", "triton", "transformers"):
-        try:
-            found.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            found.append(f"no {name}")
+        version = version_of(name)
+        found.append(f"no {name}" if version == UNKNOWN else f"{name} {version}")
     return f"Python {sys.version.split()[0]}, " + ", ".join(found)
 
 

@@ -11,7 +11,6 @@ Legend: A context tokens = the anchor's position, B block slots, H hidden size, 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from feature_bridge.contracts import Check, Checked, CheckedSystem
 from feature_bridge.cpu_stand_ins import torchvision_ops
+from feature_bridge.installed import version_of
 from feature_bridge.targets.base import Target
 from feature_bridge.torch_draft import TorchDraft, visible_keys
 
@@ -161,7 +161,7 @@ class PeerDraft:
         model, report = cls.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
         self._model, self._own_mask = model.to(device).eval(), own_mask
         self._unset = set(report["missing_keys"])
-        self.version = f"{package} {importlib.metadata.version(package)}"
+        self.version = f"{package} {version_of(package)}"
         config = json.loads((directory / "config.json").read_text())
         nested = config.get("dflash_config") or {}
         self._scale = float(nested.get("input_embedding_scale", config.get("input_embedding_scale", 1.0)))
@@ -216,7 +216,7 @@ class SpeculatorsDraft:
         )
         self._model = model.to(target.embed([0]).device).eval()
         self._unset = set(report["missing_keys"])
-        self.version = f"speculators {importlib.metadata.version('speculators')}"
+        self.version = f"speculators {version_of('speculators')}"
         self.fields = {
             "block_size": model.block_size,
             "target_layer_ids": [i - 1 for i in model.target_layer_ids],  # it counts the embedding's output

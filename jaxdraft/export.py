@@ -16,7 +16,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from feature_bridge.model_files import config_field, find_model, read_config, read_json, text_config
+from jaxdraft import __version__
 from jaxdraft.checkpoint import Checkpoints, load_params
 from jaxdraft.cli import parse_options, run_command
 from jaxdraft.curves import curves_svg, read_metrics
@@ -98,7 +98,7 @@ def export_draft(
         about = {
             "format": EXPORT_FORMAT,
             "form": form,
-            "jaxdraft": _version(),
+            "jaxdraft": __version__,
             "capture": capture,
             "target_model_type": target.get("model_type"),
             "mask_token_id": config.mask_token_id,
@@ -247,13 +247,6 @@ def _put_in_place(finished: Path, directory: Path) -> None:
     directory.rename(replaced)
     finished.rename(directory)
     shutil.rmtree(replaced)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("jaxdraft")
-    except metadata.PackageNotFoundError:  # run from a source tree
-        return "source"
 
 
 def _write_json(file: Path, value: Any) -> None:

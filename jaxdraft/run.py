@@ -11,13 +11,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from feature_bridge.installed import version_of
+from jaxdraft import __version__
 from jaxdraft.checkpoint import Checkpoints, as_json, check_resume
 from jaxdraft.config import CONFIG_FILE, Config
 from jaxdraft.data import Schedule, plan_eval
@@ -25,7 +26,7 @@ from jaxdraft.distributed import is_first, wait_for_all
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.train_step import StepConfig
 
-VERSIONED = ("jaxdraft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
 @contextlib.contextmanager
@@ -202,7 +203,7 @@ def run_meta(config: Config, draft: DraftConfig, plan: Plan, ready: Any) -> dict
             "backend": ready.target.backend,
             "rows_per_step": plan.rows_per_step,
             "total_steps": plan.total_steps,
-            "versions": {name: metadata.version(name) for name in VERSIONED},
+            "versions": {"jaxdraft": __version__} | {name: version_of(name) for name in VERSIONED},
         }
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import importlib.util
 import inspect
 import logging
@@ -21,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from feature_bridge.installed import version_of
 from feature_bridge.targets.base import Capture, plain_state
 
 
@@ -51,10 +51,10 @@ SETTERS = {"qwen3_vl": EAGLE3_SETTER, "qwen3_vl_moe": EAGLE3_SETTER, "qwen2_5_vl
 
 
 def installed_version() -> str | None:
-    """SGLang's version, or None where it is not installed."""
+    """SGLang's version, "unknown" where it is only on the path, or None where it is not there."""
     if importlib.util.find_spec("sglang") is None:
         return None
-    return importlib.metadata.version("sglang")
+    return version_of("sglang")
 
 
 def is_known(version: str) -> bool:
