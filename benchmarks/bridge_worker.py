@@ -42,18 +42,23 @@ class TimedWorker:
 
         class Timed(Worker):
             fills = 0
+            launches_ahead = False  # one fill at a time, so that its times are its own
 
-            def fill(self, split: str, rows: Any, slot: Any) -> Any:
+            def begin(self, split: str, rows: Any, slot: Any) -> Any:
+                filled = self._timed(split, rows, slot)
+                return lambda: filled
+
+            def _timed(self, split: str, rows: Any, slot: Any) -> Any:
                 self.fills += 1
                 begin = time.monotonic()  # the GPU is idle: this bridge waited for it at the end of the last fill
                 if on_gpu:
                     first.record()
                 if self.fills == profiled:
                     with torch.profiler.profile() as profile:
-                        filled = super().fill(split, rows, slot)
+                        filled = super().begin(split, rows, slot)()
                     profile.export_chrome_trace(str(Path(spec.target.path).parent / "fill_trace.json"))
                 else:
-                    filled = super().fill(split, rows, slot)
+                    filled = super().begin(split, rows, slot)()
                 extended = begin + first.elapsed_time(last) / 1000 if on_gpu else self.launched
                 times = Times(begin, self.launching, self.launched, extended, time.monotonic())
                 return tuple(

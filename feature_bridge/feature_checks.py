@@ -15,15 +15,19 @@ from feature_bridge.targets.base import Target
 
 
 def start_check(features: Float[Tensor, "S K H"], spans: Sequence[slice]) -> list[Tensor]:
-    """Smallest and largest peak of a token in a layer, for each run of spans (usually one). Does not wait."""
+    """Smallest and largest peak of a token in a layer, for each run of spans (usually one), in host memory.
+
+    Does not wait: read them (`passed`) when what was launched until now is done.
+    """
     if not spans:
         return []
     peak_sk = _peaks(features)
-    return [torch.stack(torch.aminmax(peak_sk[run])) for run, _ in joined(spans)]
+    runs = [torch.stack(torch.aminmax(peak_sk[run])) for run, _ in joined(spans)]
+    return [peaks.to("cpu", non_blocking=True) for peaks in runs]
 
 
 def passed(check: Sequence[Tensor]) -> bool:
-    """Whether all features are finite, and no token's are all zero in a layer. Waits for the GPU."""
+    """Whether all features are finite, and no token's are all zero in a layer."""
     return all(low > 0 and high < torch.inf for low, high in (peaks.tolist() for peaks in check))  # NaN is neither
 
 

@@ -12,7 +12,7 @@ from feature_bridge.client import BridgeError
 from feature_bridge.contracts import BridgeSpec, Check, Checked, Decode, Decoded, Fill, Filled, Row
 from feature_bridge.memory import Producer, create_host_memory
 from feature_bridge.ring import Ring
-from feature_bridge.server import Worker, describe, fill_slot
+from feature_bridge.server import Worker, begin_fill, describe
 
 
 class InProcessClient(Bridge):
@@ -44,7 +44,8 @@ class InProcessClient(Bridge):
         request = self._fills.popleft()
         lease = self._ring.acquire(timeout=0)  # one thread: to wait for a release would be to wait for ever
         try:
-            return fill_slot(self._worker, self._ring, lease, self._memory, request, self._spec.rows_per_request)
+            complete = begin_fill(self._worker, self._ring, lease, self._memory, request, self._spec.rows_per_request)
+            return complete()
         except Exception as error:
             raise BridgeError(describe(error), kind="failed") from error
 

@@ -1,9 +1,10 @@
 """`python -m feature_bridge.server --fd N < spec.json`: the bridge process. The trainer starts it (`client.py`).
 
     trainer --spec--> build the worker --Ready, RingMemory--> trainer
-    trainer --Fill--> acquire a slot -> worker.fill -> publish --Filled--> trainer --Release--> free the slot
+    trainer --Fill--> acquire a slot -> worker.begin .. end -> publish --Filled--> trainer --Release--> free the slot
 
-The main thread builds the worker and answers requests in their order. The reader thread takes messages at once: a
+The main thread builds the worker and answers requests in their order; while the GPU works on a fill, it launches the
+next one, if that has a slot. The reader thread takes messages at once: a
 release frees its slot during a fill, and the end of the connection ends the process in the middle of one.
 """
 
@@ -24,7 +25,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from feature_bridge import wire
@@ -56,15 +57,24 @@ _SWITCH_S = 0.0002  # after this long, threads that read pictures give the inter
 
 
 class Worker(Protocol):
-    """The index and the target. Built from a `BridgeSpec`; raises ValueError, one sentence, for a user's mistake."""
+    """The index and the target. Built from a `BridgeSpec`; raises ValueError, one sentence, for a user's mistake.
+
+    `launches_ahead`: the work of a fill goes on after `begin`, so that the next one may be launched meanwhile.
+    """
 
     ready: Ready
+    launches_ahead: bool
 
-    def fill(self, split: str, rows: tuple[Row, ...], slot: Mapping[str, Producer]) -> tuple[FilledRow, ...]:
-        """Writes every array of a slot (`SlotMemory.arrays`), and returns when its bytes are complete."""
+    def begin(
+        self, split: str, rows: tuple[Row, ...], slot: Mapping[str, Producer]
+    ) -> Callable[[], tuple[FilledRow, ...]]:
+        """Launches what writes every array of a slot (`SlotMemory.arrays`).
+
+        What it returns is called once, before that of the next `begin`: it waits until the slot's bytes are complete.
+        """
 
     def prepare(self, split: str, rows: tuple[Row, ...]) -> None:
-        """Called as early as possible with what `fill` will be asked for: may start work in the background."""
+        """Called as early as possible with what `begin` will be asked for: may start work in the background."""
 
     def weights(self) -> Mapping[str, Producer]:
         """The target's "embedding" and "head", see `weights.share`; a ValueError says why they cannot be shared."""
@@ -80,26 +90,41 @@ def load_worker(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def fill_slot(
+def begin_fill(
     worker: Worker, ring: Ring, lease: Lease, memory: SlotMemory, request: Fill, rows_per_request: int
-) -> Filled:
-    """Fills the acquired slot and publishes it; where the worker raises, the slot is free again."""
+) -> Callable[[], Filled]:
+    """Launches the fill of the acquired slot; what it returns waits for it, and publishes the slot.
+
+    Where the worker raises, there or here, that comes out of what is returned, and the slot is free again.
+    """
     start = time.monotonic()
+    end: Callable[[], tuple[FilledRow, ...]] | None = None
+    problem: Exception | None = None
     try:
         if len(request.rows) != rows_per_request:
             raise ValueError(f"a request has {len(request.rows)} rows where it should have {rows_per_request}")
-        rows = worker.fill(request.split, request.rows, memory.arrays(lease.slot))
-    except BaseException:
-        ring.cancel(lease)
-        raise
-    ring.publish(lease)
-    return Filled(
-        request_id=request.request_id,
-        slot=lease.slot,
-        generation=lease.generation,
-        rows=rows,
-        seconds=time.monotonic() - start,
-    )
+        end = worker.begin(request.split, request.rows, memory.arrays(lease.slot))
+    except Exception as error:  # its turn to be answered comes after the fill before it
+        problem = error
+
+    def complete() -> Filled:
+        try:
+            if end is None:
+                raise problem
+            rows = end()
+        except BaseException:
+            ring.cancel(lease)
+            raise
+        ring.publish(lease)
+        return Filled(
+            request_id=request.request_id,
+            slot=lease.slot,
+            generation=lease.generation,
+            rows=rows,
+            seconds=time.monotonic() - start,
+        )
+
+    return complete
 
 
 def describe(error: Exception) -> str:
@@ -126,17 +151,27 @@ def serve(connection: wire.Connection, spec: BridgeSpec, worker_path: str) -> No
         os.close(fd)
 
     waiting: deque[Fill | Decode | Check | None] = deque()
+    begun: deque[tuple[Fill, Callable[[], Filled]]] = deque()  # fills that are launched and not answered
+    most_begun = 2 if worker.launches_ahead else 1
     while True:
-        while not waiting or not requests.empty():
+        while not (waiting or begun) or not requests.empty():
             request = requests.get()
             if isinstance(request, Fill):
                 worker.prepare(request.split, request.rows)  # while the rows before it are being filled
             waiting.append(request)
-        if (request := waiting.popleft()) is None:
-            return
         try:
-            if isinstance(request, Fill):
-                answer = fill_slot(worker, ring, ring.acquire(), memory, request, spec.rows_per_request)
+            if waiting and isinstance(waiting[0], Fill) and len(begun) < most_begun:
+                lease = acquire(ring, wait=not begun)
+                if lease is not None:
+                    request = waiting.popleft()
+                    complete = begin_fill(worker, ring, lease, memory, request, spec.rows_per_request)
+                    begun.append((request, complete))
+                    continue
+            if begun:
+                request, complete = begun.popleft()
+                answer = complete()
+            elif (request := waiting.popleft()) is None:
+                return
             elif isinstance(request, Decode):
                 answer = worker.decode(request)
             else:
@@ -153,6 +188,14 @@ def serve(connection: wire.Connection, spec: BridgeSpec, worker_path: str) -> No
             traceback.print_exc()  # the trainer quotes its last line
             os._exit(1)
         connection.send(answer)
+
+
+def acquire(ring: Ring, *, wait: bool) -> Lease | None:
+    """The next free slot; None where that would have to be waited for, unless it shall. Raises RingClosed."""
+    try:
+        return ring.acquire(None if wait else 0)
+    except TimeoutError:
+        return None
 
 
 def _read(connection: wire.Connection, ring: Ring, requests: queue.SimpleQueue) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -62,6 +62,25 @@ class Prepared:
     where: str = ""  # file and line, or folder and row
 
 
+@dataclass(frozen=True, eq=False)
+class Launched:
+    """A row that is being written.
+
+    Attributes:
+      filled: what is in it, if its features are good.
+      check: see `feature_checks.start_check`.
+      used: the samples that the target got, and where they are in the row.
+      features: where the row's features are put together, [S, W].
+      out: the row's part of the slot's arrays.
+    """
+
+    filled: FilledRow
+    check: Sequence[Tensor]
+    used: Sequence[tuple[Prepared, slice]]
+    features: Float[Tensor, "S W"]
+    out: dict[str, Tensor]
+
+
 class Worker:
     """The bridge's side of `server.Worker`."""
 
@@ -97,6 +116,8 @@ class Worker:
         alone = {"initializer": torch.set_num_threads, "initargs": (1,)} if torch.cuda.is_available() else {}
         self._background = ThreadPoolExecutor(threads, thread_name_prefix="pictures", **alone)
         self._ahead: dict[tuple[Split, int], Future[Prepared]] = {}
+        # Ranks of one target launch a fill when the one before it is done: together, whoever has a slot first.
+        self.launches_ahead = torch.cuda.is_available() and spec.rank.count == 1
         self._num_unreadable = 0  # in succession
         self.ready = Ready(
             schema_version=SCHEMA_VERSION,
@@ -108,43 +129,69 @@ class Worker:
         )
 
     def fill(self, split: Split, rows: Sequence[Row], slot: Mapping[str, Producer]) -> tuple[FilledRow, ...]:
-        """Write every array of a slot. A sample whose pictures are gone or broken by now is masked out of its row.
+        """`begin`, and its end."""
+        return self.begin(split, rows, slot)()
 
-        Raises:
+    def begin(
+        self, split: Split, rows: Sequence[Row], slot: Mapping[str, Producer]
+    ) -> Callable[[], tuple[FilledRow, ...]]:
+        """Launch what writes every array of a slot; what is returned waits for it, and says what is in the rows.
+
+        A sample whose pictures are gone or broken by now is masked out of its row.
+
+        Raises (here, or when it is waited for):
           ValueError: a row does not fit, even once torch has given back the memory that it keeps for later; the
             target gave features that cannot be true; or so many samples are unreadable that the data must be gone.
         """
         if self._ranks is None:  # ranks of one target do not try again: the others would not repeat the row
             with contextlib.suppress(torch.OutOfMemoryError):
-                return self._fill(split, rows, slot)
+                return self._begin(split, rows, slot)
             torch.cuda.empty_cache()  # does nothing on a CPU
         try:
-            return self._fill(split, rows, slot)
+            return self._begin(split, rows, slot)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"the target ran out of GPU memory in rows {[row.row_id for row in rows]}; raise "
                 "bridge.memory_fraction, or lower trainer.memory_fraction, data.row_tokens or data.max_pixels"
             ) from error
 
-    def _fill(self, split: Split, rows: Sequence[Row], slot: Mapping[str, Producer]) -> tuple[FilledRow, ...]:
+    def _begin(
+        self, split: Split, rows: Sequence[Row], slot: Mapping[str, Producer]
+    ) -> Callable[[], tuple[FilledRow, ...]]:
         assert len(rows) == self._spec.rows_per_request
         fields = {name: torch.from_dlpack(producer) for name, producer in slot.items()}  # the slot's own memory
         self.prepare(split, rows)
         # A sample that is there twice is prepared twice.
         prepared = [[self._ahead.pop((split, i), None) or self._submit(split, i) for i in row.samples] for row in rows]
-        filled, own = [], self._spec.own_rows
+        launched: list[Launched] = []
+        own = self._spec.own_rows
         for r, (row, futures) in enumerate(zip(rows, prepared, strict=True)):
             samples = self._agreed([future.result() for future in futures])
             self._check_readable(samples)
             if r in own:
                 out = {name: tensor[r - own.start] for name, tensor in fields.items()}
-                filled.append(self._fill_row(row, samples, out))
+                launched.append(self._begin_row(row, samples, out))
             else:  # another rank's row: only this rank's part of the target's work
                 extend(self.target, [sample for sample in samples if sample.request is not None])
-        if torch.cuda.is_available():
-            for gpu in {torch.cuda.current_device(), self._spec.slot_gpu}:
-                torch.cuda.current_stream(gpu).synchronize()  # the slot's bytes are complete: see `memory`
-        return tuple(filled)
+        wait = self._mark()
+
+        def end() -> tuple[FilledRow, ...]:
+            wait()  # the slot's bytes are complete: see `memory`; from here on every microsecond is the trainer's
+            if all(passed(row.check) for row in launched):
+                return tuple(row.filled for row in launched)
+            filled = tuple(self._without_faults(row) for row in launched)
+            self._mark()()
+            return filled
+
+        return end
+
+    def _mark(self) -> Callable[[], None]:
+        """What waits for everything that was launched until now, and for nothing that is launched later."""
+        if not torch.cuda.is_available():
+            return lambda: None
+        gpus = {torch.cuda.current_device(), self._spec.slot_gpu}
+        events = [torch.cuda.current_stream(gpu).record_event() for gpu in gpus]
+        return lambda: [event.synchronize() for event in events] and None
 
     def _check_readable(self, samples: Sequence[Prepared]) -> None:
         """Raises ValueError: so many samples in succession are not what was indexed that it is not their own fault."""
@@ -246,11 +293,11 @@ class Worker:
         skip = None if fault is None else Skip(where=left.where, reason=fault)
         return replace(left, sample=sample, request=request, skip=skip)
 
-    def _fill_row(self, row: Row, samples: Sequence[Prepared], out: dict[str, Tensor]) -> FilledRow:
+    def _begin_row(self, row: Row, samples: Sequence[Prepared], out: dict[str, Tensor]) -> Launched:
         """One row: the template's tokens, segments, mask and features; zeros where there is nothing.
 
-        A sample whose pictures or features are bad is masked out: its tokens stay, nothing is repacked. Everything that
-        does not need the target is written before it runs.
+        A sample whose pictures are bad is masked out: its tokens stay, nothing is repacked. Everything that does not
+        need the target is written before it runs.
         """
         used = self._write_tokens(row, samples, out)
         spans = [span for _, span in used]
@@ -267,10 +314,18 @@ class Worker:
             skipped=tuple(sample.skip for sample in samples if sample.skip),
         )
         self._write_features(features, out["features"])
-        if passed(check):  # waits for the GPU; from here on every microsecond is the trainer's
-            return filled
+        return Launched(filled, check, used, features, out)
 
-        faults = find_faults(self.target, features_skh, spans)
+    def _without_faults(self, row: Launched) -> FilledRow:
+        """The row, its samples with bad features masked out as well. It is looked at when everything is written.
+
+        Raises ValueError: all of its samples have bad features.
+        """
+        if passed(row.check):
+            return row.filled
+        used, features, out, filled = row.used, row.features, row.out, row.filled
+        features_skh = features.unflatten(-1, (len(self.target.layer_ids), -1))
+        faults = find_faults(self.target, features_skh, [span for _, span in used])
         if len(used) > 1 and all(faults):
             names = _names([sample for sample, _ in used])
             raise ValueError(f"samples {names}: {faults[0]}; no sample of this row can be used")

@@ -89,6 +89,12 @@ class FakeWorker:
         )
         self._layout = spec.slot_layout(width)
 
+    launches_ahead = False
+
+    def begin(self, split: str, rows: tuple[Row, ...], slot: dict[str, Producer]):
+        filled = self.fill(split, rows, slot)
+        return lambda: filled
+
     def fill(self, split: str, rows: tuple[Row, ...], slot: dict[str, Producer]) -> tuple[FilledRow, ...]:
         if split == "eval":
             raise ValueError("data.eval_path=None: there is nothing held out; set data.eval_fraction")
@@ -136,6 +142,25 @@ class FakeWorker:
             for s in request.samples
         )
         return Decoded(request_id=request.request_id, samples=samples, seconds=0.5)
+
+
+class AheadWorker(FakeWorker):
+    """One whose fills go on after they are begun, as a GPU's: the slot is written at its end."""
+
+    launches_ahead = True
+
+    def begin(self, split: str, rows: tuple[Row, ...], slot: dict[str, Producer]):
+        print("begun", rows[0].row_id)
+        if rows[0].row_id == 0:
+            time.sleep(0.5)  # until the next requests are there
+
+        def end():
+            print("ended", rows[0].row_id)
+            return self.fill(split, rows, slot)
+
+        if split == "eval":
+            return self.fill(split, rows, slot)
+        return end
 
 
 def field_values(field, rows: tuple[Row, ...], feature_slice: tuple[int, int] = (0, 1)) -> list[int]:
@@ -188,6 +213,12 @@ class TrainingWorker:
 
     def weights(self) -> dict[str, Producer]:
         raise ValueError("there is no target")
+
+    launches_ahead = False
+
+    def begin(self, split: str, rows: tuple[Row, ...], slot: dict[str, Producer]):
+        filled = self.fill(split, rows, slot)
+        return lambda: filled
 
     def fill(self, split: str, rows: tuple[Row, ...], slot: dict[str, Producer]) -> tuple[FilledRow, ...]:
         layout, (place, parts) = self._layout, self._spec.feature_slice

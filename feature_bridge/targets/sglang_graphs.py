@@ -3,10 +3,10 @@
 A small target's layers take the GPU less time than Python takes to launch them, and beside a trainer every gap between
 two launches costs a turn on the GPU. A graph is all of them in one launch. What differs between two extends of one
 length (tokens, positions, places in the key-value pool, where each request begins) lies in buffers that the graph
-reads; the attention's grid is as large as the longest and the most requests that there may be.
+reads; the attention's grid is large enough for the most requests that there may be, and for the longest of them.
 
-    model.model.forward(ids, positions, batch) --first of a length--> plainly, then recorded, replayed and compared
-                                               --later--------------> buffers filled, replayed, outputs copied
+    model.model.forward(ids, positions, batch) --first of a shape--> plainly, then recorded, replayed and compared
+                                               --later-------------> buffers filled, replayed, outputs copied
 
 A replay must give the plain extend's bits, or the graphs are given up, in one line of the bridge's log.
 
@@ -22,13 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MAX_GRAPHS = 16  # lengths that are recorded; others are launched plainly
+MAX_GRAPHS = 24  # shapes that are recorded; others are launched plainly
+# The attention's grid has a place for every block of the longest request, in every request: places without a token cost
+# time, and another grid is another graph. So the longest counts as one of these, or as the whole extend.
+LONGEST = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)
 _BY_TOKEN = ("input_ids", "positions", "out_cache_loc")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recorded:
-    """The layers for one number of tokens.
+    """The layers for one number of tokens and one longest request.
 
     Attributes:
       inputs: buffers by name: input_ids [T], positions [T], out_cache_loc [T] and qo_indptr [N + 1].
@@ -50,7 +53,7 @@ class GraphedLayers:
     def __init__(self, layers: nn.Module, backend: Any, max_requests: int):
         self._plain = layers.forward
         self._backend, self._max_requests = backend, max_requests
-        self._recorded: dict[int, Recorded] = {}
+        self._recorded: dict[tuple[int, int], Recorded] = {}  # by tokens, and the longest request that fits
         self._pool: Any = None  # the graphs share their memory: only one runs at a time
         self.given_up = ""  # why, once they are
         layers.forward = self.forward
@@ -61,7 +64,9 @@ class GraphedLayers:
         if self.given_up or given or not self._fits(forward_batch):
             return self._plain(input_ids, positions, forward_batch, *args, **kwargs)
         inputs = {"input_ids": input_ids, "positions": positions, "out_cache_loc": forward_batch.out_cache_loc}
-        recorded = self._recorded.get(len(input_ids))
+        longest = self._backend.forward_metadata.max_extend_len
+        shape = len(input_ids), next((n for n in LONGEST if longest <= n <= len(input_ids)), len(input_ids))
+        recorded = self._recorded.get(shape)
         if recorded is not None:
             self._fill(recorded.inputs, inputs)
             recorded.replay()
@@ -69,7 +74,7 @@ class GraphedLayers:
         plain = self._plain(input_ids, positions, forward_batch)
         if len(self._recorded) < MAX_GRAPHS:
             try:
-                self._record(inputs, forward_batch, plain)
+                self._record(shape, inputs, forward_batch, plain)
             except Exception as error:  # whatever cannot be recorded: the extend itself has been done
                 torch.cuda.synchronize()
                 self._give_up(f"{type(error).__name__}: {error}")
@@ -91,10 +96,9 @@ class GraphedLayers:
         buffers["qo_indptr"][: len(starts)].copy_(starts)
         buffers["qo_indptr"][len(starts) :].fill_(len(buffers["input_ids"]))  # requests without a token
 
-    def _record(self, inputs: dict[str, Tensor], forward_batch: Any, plain: Any) -> None:
+    def _record(self, shape: tuple[int, int], inputs: dict[str, Tensor], forward_batch: Any, plain: Any) -> None:
         """Raises whatever a layer does that no graph can hold."""
         metadata = self._backend.forward_metadata
-        num_tokens = len(inputs["input_ids"])
         buffers = {name: tensor.clone() for name, tensor in inputs.items()}
         buffers["qo_indptr"] = metadata.qo_indptr.new_zeros(self._max_requests + 1)
         self._fill(buffers, inputs)
@@ -104,7 +108,7 @@ class GraphedLayers:
             qo_indptr=buffers["qo_indptr"],
             kv_indptr=metadata.kv_indptr.new_zeros(self._max_requests + 1),
             kv_indices=metadata.kv_indices.new_zeros(1),
-            max_extend_len=num_tokens,
+            max_extend_len=shape[1],
         )
         try:
             replay, outputs = self._capture(lambda: self._plain(buffers["input_ids"], buffers["positions"], batch))
@@ -116,9 +120,9 @@ class GraphedLayers:
         )
         recorded.replay()
         if not all(torch.equal(a, b) for a, b in zip(_tensors(plain), _tensors(outputs), strict=True)):
-            self._give_up(f"{num_tokens} tokens replayed have other bits than the same tokens launched plainly")
+            self._give_up(f"{shape[0]} tokens replayed have other bits than the same tokens launched plainly")
             return
-        self._recorded[num_tokens] = recorded
+        self._recorded[shape] = recorded
 
     def _capture(self, run: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
         """`run` as a graph: (what launches it, its outputs)."""

@@ -86,6 +86,28 @@ def client(tmp_path, scratch):
     assert not is_running(client.pid)
 
 
+def test_a_fill_is_begun_before_the_one_before_it_has_ended(tmp_path, scratch):
+    """Two at a time, if both have a slot; answers, a refusal among them, come in the order of the requests."""
+    log = tmp_path / "bridge.log"
+    with start(log, make_spec(num_slots=3), worker="fake_worker:AheadWorker") as client:
+        asked = [rows(i, i) for i in range(4)]
+        ids = [client.fill("train", asked[i]) for i in (0, 1)]
+        ids += [client.fill("eval", asked[2]), client.fill("train", asked[3])]
+        for i in (0, 1, 2, 3):
+            if i == 2:
+                with pytest.raises(BridgeError, match="nothing held out"):
+                    client.next_filled()
+                continue
+            filled = client.next_filled()
+            assert filled.request_id == ids[i]
+            assert {name: read(a) for name, a in client.slot(filled).items()} == expected(make_spec(), asked[i])
+            client.release(filled.slot, filled.generation)
+        order = re.findall(r"^(begun|ended) (\d)", log.read_text(), re.M)
+    assert sorted(order) == [("begun", str(i)) for i in range(4)] + [("ended", str(i)) for i in (0, 1, 3)]
+    for i in (0, 1):
+        assert order.index(("begun", str(i + 1))) < order.index(("ended", str(i)))
+
+
 @pytest.mark.parametrize("feature_dtype", ["bfloat16", "float32"])
 def test_both_transports_deliver_the_same_bytes(tmp_path, feature_dtype):
     spec = make_spec(rows=3, row_tokens=13, num_slots=2, feature_dtype=feature_dtype)

@@ -99,7 +99,7 @@ def test_replays_are_the_plain_extend(made):
     layers, backend, graphs, plain = made
     ragged = [[3, 5, 4], [12], [1, 1, 1, 8, 1], [6, 6], [7], [2, 5]]
     found = [extend(layers, backend, lengths, seed) for seed, lengths in enumerate(ragged)]
-    assert sorted(graphs._recorded) == [7, 12]
+    assert sorted(graphs._recorded) == [(7, 7), (12, 12)]
     layers.forward = plain
     for seed, (lengths, ours) in enumerate(zip(ragged, found, strict=True)):  # all of them: none was written over
         assert same(ours, extend(layers, backend, lengths, seed)), lengths
@@ -113,7 +113,7 @@ def test_prefixes_and_embeddings_are_launched_plainly(made):
     extend(layers, backend, [4, 4], 0, prefix=2)
     extend(layers, backend, [4, 4], 0, input_embeds=torch.ones(8, 4))
     backend_mask = extend(layers, backend, [8], 1)
-    assert list(graphs._recorded) == [8]
+    assert list(graphs._recorded) == [(8, 8)]
     assert backend_mask[0].shape == (8, 4)
 
 
@@ -142,3 +142,12 @@ def test_what_cannot_be_recorded_has_been_done_plainly(made, monkeypatch):
     assert "not permitted" in graphs.given_up
     assert same(out, extend(layers, backend, [4, 4], 0))
     assert backend.forward_metadata.qo_indptr.tolist() == [0, 4, 8]
+
+
+def test_a_longer_request_is_another_graph(made, monkeypatch):
+    """Its grid must have a place for every block of it."""
+    layers, backend, graphs, _ = made
+    monkeypatch.setattr("feature_bridge.targets.sglang_graphs.LONGEST", (4, 8))
+    for lengths in ([4] * 3, [8, 4], [5, 7], [11, 1], [3] * 4):
+        extend(layers, backend, lengths, 0)
+    assert sorted(graphs._recorded) == [(12, 4), (12, 8), (12, 12)]
