@@ -58,6 +58,9 @@ class Shape:
 SHAPES = {
     "4b": Shape(),  # of a draft for Qwen3.5-4B
     "8b": Shape(hidden=4096, mlp=12_288, vocab=151_936),  # for Qwen3-8B
+    "135m": Shape(  # for SmolLM2-135M
+        hidden=576, mlp=1536, vocab=49_152, heads=9, kv_heads=3, head_dim=64, block=8, tokens=4096, anchors=682
+    ),
     "tiny": Shape(
         hidden=64, mlp=96, vocab=509, heads=4, kv_heads=2, head_dim=16, layers=2, block=4, tokens=96, anchors=12
     ),

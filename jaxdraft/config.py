@@ -294,7 +294,8 @@ class Config:
     """Implementation of the block attention: auto takes the Hopper kernels where they run, else plain XLA."""
 
     log_interval: int = 10
-    """Optimizer steps between two lines of metrics on the screen (every step is in metrics.jsonl)."""
+    """Optimizer steps between two lines of metrics on the screen, and two points of TensorBoard's curves (every step is
+    in metrics.jsonl)."""
     eval_interval: int = 1000
     """Optimizer steps between two evaluations on held-out rows."""
     save_interval: int = 500

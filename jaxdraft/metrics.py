@@ -1,4 +1,4 @@
-"""Metrics of a run: every step as a line of metrics.jsonl and in TensorBoard, means of some steps on the screen.
+"""Metrics of a run: every step as a line of metrics.jsonl, some in TensorBoard, means of some on the screen.
 
 A resume cuts metrics.jsonl back to the checkpoint's step, so that it reads like that of a run
 that was never interrupted.
@@ -49,15 +49,20 @@ class MetricsLog:
             self._file.close()
             self._board.close()
 
-    def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
-        """One line: {"step", "split", ...}. Lists (a value a slot) become one TensorBoard curve an element."""
+    def write(self, step: int, split: str, metrics: Mapping[str, Any], *, curves: bool = True) -> None:
+        """One line: {"step", "split", ...}. Lists (a value a slot) become one TensorBoard curve an element.
+
+        `curves`: write these as well; their 20 points of a step take as long as a small draft's launches.
+        """
         if self._file is None:
             return
         self._file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
         self._file.flush()
+        if not curves:
+            return
         for name, value in metrics.items():
-            curves = {f"/{i}": x for i, x in enumerate(value)} if isinstance(value, (list, tuple)) else {"": value}
-            for suffix, number in curves.items():
+            points = {f"/{i}": x for i, x in enumerate(value)} if isinstance(value, (list, tuple)) else {"": value}
+            for suffix, number in points.items():
                 if isinstance(number, (int, float)):  # None: a ratio that had nothing to divide by
                     self._board.add_scalar(f"{split}/{name}{suffix}", number, step)
 

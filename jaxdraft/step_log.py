@@ -128,7 +128,7 @@ class StepLog:
             "skipped_samples": self.num_skipped,
             "bad_batches": self.bad_batches,
         }
-        self._metrics.write(step, "train", line)
+        self._metrics.write(step, "train", line, curves=step % self._config.log_interval == 0)
         self._bar.show(step, line)
         self._rows_done += self._rows
         self._seconds += seconds
