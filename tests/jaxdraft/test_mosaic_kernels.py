@@ -1,4 +1,7 @@
-"""The Hopper kernels, interpreted on a CPU, against plain references: unsorted and empty intervals, padding, GQA."""
+"""The Hopper kernels, interpreted on a CPU, against plain references: unsorted and empty intervals, padding, GQA.
+
+tests/gpu runs the same cases (`check_...`) where nothing needs to be interpreted.
+"""
 
 from __future__ import annotations
 
@@ -21,30 +24,39 @@ def relative_error(a, b) -> float:
     return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))  # of zeros: 0 for zeros alone
 
 
-@interpreted
-@pytest.mark.parametrize(
-    ("shape", "per_slot", "causal"),
-    [
-        ((1, 150, 17, 8, 2, 1, 64), False, False),  # 2 query tiles of 128 (the second one mostly padding), shared keys
-        ((2, 300, 11, 12, 2, 1, 64), True, True),  # rows; blocks across the border between two warpgroups' queries
-        ((1, 60, 9, 2, 2, 2, 64), True, False),  # a head of keys for each of queries; less context than a tile
-        ((1, 13, 9, 5, 3, 1, 128), False, True),  # three for one; wide heads
-    ],
+# (rows, context, blocks, slots, query heads, kv heads, head_dim), a window for each slot, causal.
+ATTENTION = (
+    ((1, 150, 17, 8, 2, 1, 64), False, False),  # 2 query tiles of 128 (the second one mostly padding), shared keys
+    ((2, 300, 11, 12, 2, 1, 64), True, True),  # rows; blocks across the border between two warpgroups' queries
+    ((1, 60, 9, 2, 2, 2, 64), True, False),  # a head of keys for each of queries; less context than a tile
+    ((1, 13, 9, 5, 3, 1, 128), False, True),  # three for one; wide heads
 )
+
+
+@interpreted
+@pytest.mark.parametrize(("shape", "per_slot", "causal"), ATTENTION)
 def test_attention(shape, per_slot, causal):
-    arrays, intervals = random_inputs(shape, 5, per_slot=per_slot, dtype=jnp.bfloat16)
-    start, end, valid = intervals
-    start = start if per_slot else jnp.broadcast_to(start[..., None], (*start.shape, shape[3]))
-    check_attention(arrays, start, jnp.where(valid, end, 0), valid, causal)
+    check_attention(shape, per_slot, causal)
 
 
 @interpreted
 def test_attention_of_no_valid_block():
+    check_attention_of_no_valid_block()
+
+
+def check_attention(shape, per_slot, causal, *, interpret=True):
+    arrays, intervals = random_inputs(shape, 5, per_slot=per_slot, dtype=jnp.bfloat16)
+    start, end, valid = intervals
+    start = start if per_slot else jnp.broadcast_to(start[..., None], (*start.shape, shape[3]))
+    compare_attention(arrays, start, jnp.where(valid, end, 0), valid, causal, interpret)
+
+
+def check_attention_of_no_valid_block(*, interpret=True):
     arrays, (start, end, valid) = random_inputs((1, 40, 5, 16, 2, 1, 64), 5, per_slot=True, dtype=jnp.bfloat16)
-    check_attention(arrays, start, jnp.zeros_like(end), jnp.zeros_like(valid), causal=False)
+    compare_attention(arrays, start, jnp.zeros_like(end), jnp.zeros_like(valid), False, interpret)
 
 
-def check_attention(arrays, start, end, valid, causal):
+def compare_attention(arrays, start, end, valid, causal, interpret):
     from jaxdraft.ops.block_attention_mosaic import attend
     from jaxdraft.ops.mosaic_common import Tuning
 
@@ -58,9 +70,11 @@ def check_attention(arrays, start, end, valid, causal):
         )
         return out, *backward(d_out)
 
-    ours = run(attend, arrays, d_out, tuning=tuning, interpret=True)
+    ours = run(attend, arrays, d_out, tuning=tuning, interpret=interpret)
     arrays, d_out = jax.tree.map(lambda x: x.astype(jnp.float32), (arrays, d_out))
-    for a, b in zip(ours, run(block_attention.reference, arrays, d_out), strict=True):
+    with jax.default_matmul_precision("highest"):  # a GPU's own default for float32 has as few bits as bfloat16
+        expected = run(block_attention.reference, arrays, d_out)
+    for a, b in zip(ours, expected, strict=True):
         assert a.dtype == jnp.bfloat16
         assert relative_error(a, b) < 6e-3
     invalid = ~np.asarray(valid)
@@ -106,6 +120,10 @@ def test_tiles_cover_what_queries_see(seed, keys):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("v", [8192, 9736])
 def test_softmax_weights(v, dtype):
+    check_softmax_weights(v, dtype)
+
+
+def check_softmax_weights(v, dtype, *, interpret=True):
     """Labels at both ends; row 4 ends far above what its beginning lets expect, and is walked twice."""
     from jaxdraft.ops.softmax_mosaic import softmax_weights
 
@@ -130,7 +148,7 @@ def test_softmax_weights(v, dtype):
     np.testing.assert_allclose(
         narrow.astype(jnp.float32) * statistics[0][:, None], others, rtol=2**-3, atol=2**-16 * 0.6
     )
-    nothing, *statistics = softmax_weights(logits / 2, factor, labels, exact, weights_dtype=None, interpret=True)
+    nothing, *statistics = softmax_weights(logits / 2, factor, labels, exact, weights_dtype=None, interpret=interpret)
     assert nothing is None
     np.testing.assert_allclose(statistics[1], lse, rtol=1e-6)
 
@@ -138,6 +156,10 @@ def test_softmax_weights(v, dtype):
 @interpreted
 @pytest.mark.parametrize("v", [512, 576])
 def test_head_softmax_product(v):
+    check_head_softmax_product(v)
+
+
+def check_head_softmax_product(v, *, interpret=True):
     """On two thread blocks; the last tile of the second vocabulary begins early, to end with it."""
     from jaxdraft.ops.head_mosaic import Tuning, softmax_product
 
@@ -146,7 +168,9 @@ def test_head_softmax_product(v):
     head = jnp.asarray(0.3 * rng.normal(size=(v, h)), jnp.bfloat16)
     logits = jnp.einsum("th,vh->tv", hidden, head, preferred_element_type=jnp.float32)
     reference = logits[jnp.arange(t), rng.integers(0, v, t)]
-    run = functools.partial(softmax_product, hidden, head, reference, tuning=Tuning(thread_blocks=2), interpret=True)
+    run = functools.partial(
+        softmax_product, hidden, head, reference, tuning=Tuning(thread_blocks=2), interpret=interpret
+    )
     weights, total, largest, argmax = run(with_weights=True)
     expected = jnp.exp(logits - reference[:, None])
     assert weights.dtype == jnp.bfloat16
