@@ -6,9 +6,11 @@
 
 Parts, in this order; what is in DIR already is not done again, so that a race can be split over several calls:
 
+    variants              SpecForge's steps with each attention and capture, to choose from (not done unless asked for)
     jaxdraft, specforge   a training a seed, the trainers by turns, nothing beside them on the GPU
     evaluate              tau of every draft, by one program
-    report                tables (Markdown), DIR/report.json, DIR/race.svg
+    report                tables (Markdown), DIR/report.json, and the curves: DIR/race.svg since the processes' start,
+                          DIR/race-training.svg since the first steps' end
 
 Before the first part the data is indexed and tokenised, and each seed's initial weights are written. `report` says how
 the two are made alike, and which of SpecForge's ways was taken and why (`specforge_run`). Exit code 1 where taus at
@@ -22,17 +24,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from benchmarks.race import quick
-from benchmarks.race.evaluate import read_taus
 from benchmarks.race.report import write_report
 from benchmarks.race.settings import (
     FILE,
@@ -41,17 +40,18 @@ from benchmarks.race.settings import (
     difference,
     marks_of,
     read_settings,
+    read_taus,
     times_file,
 )
 from benchmarks.race.start import write_anchors, write_starts
 from benchmarks.race.tokens import FILE as TOKENS
 from benchmarks.race.tokens import read_samples
+from benchmarks.race.trainings import ROOT, call, environment, run_jaxdraft, run_specforge, time_variants
 from benchmarks.recipe.variants import BASE
 from feature_bridge.cuda_ipc import num_gpus
 from jaxdraft.bridges import make_bridge_spec
 from jaxdraft.cli import parse_args, run_command
 from jaxdraft.config import Config
-from jaxdraft.metrics import read_lines
 from jaxdraft.start_draft import choose_shape
 from jaxdraft.target import open_target
 
@@ -59,7 +59,6 @@ PARTS = (*TRAINERS, "evaluate", "report")
 GAMMA = {16: 7, 10: 5, 8: 4}  # by block size, as published
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}  # what SpecForge's optimizer has no option for
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative, of the first step's losses
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -73,12 +72,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--block-size", type=int, default=8)
     parser.add_argument("--config", default="qwen3_8b.py", help="of jaxdraft.train; its fields after -- come after")
-    parser.add_argument("--parts", default=",".join(PARTS), help="of " + ", ".join(PARTS))
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of variants, {', '.join(PARTS)}")
     parser.add_argument("--bridge-python", default=sys.executable, help="interpreter with torch and SGLang")
     parser.add_argument("--specforge-python", default=sys.executable, help="interpreter with torch and specforge")
     parser.add_argument("--specforge-attention", default="sdpa", choices=("sdpa", "flex_attention", "eager"))
     parser.add_argument("--specforge-capture", default="process", choices=("process", "inline"))
-    parser.add_argument("--memory", default="0.4,0.3", help="of the GPU: jaxdraft's trainer, its bridge")
     parser.add_argument("--quick", action="store_true")
     argv = list(sys.argv[1:] if argv is None else argv)
     own, fields = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
@@ -104,17 +102,17 @@ def check(args: argparse.Namespace) -> None:
     for name in ("target", "data", "held_out"):
         if not getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} is missing; give it, or --quick")
-    if unknown := [part for part in args.parts if part not in PARTS]:
-        raise ValueError(f"--parts has {unknown[0]!r}; give some of {', '.join(PARTS)}")
+    if unknown := [part for part in args.parts if part not in ("variants", *PARTS)]:
+        raise ValueError(f"--parts has {unknown[0]!r}; give some of variants, {', '.join(PARTS)}")
     for file in (args.data, *(Path(held.rpartition("=")[2]) for held in args.held_out)):
         if not file.is_file():
             raise ValueError(f"{file} is not there; give a JSONL file of the target's answers")
     least = 1 if args.quick else 6
     if not least <= args.points <= args.steps:
         raise ValueError(f"--points {args.points} is not between {least} and --steps {args.steps}; change one of them")
-    if not args.quick and not num_gpus():
+    if set(args.parts) - {"report"} and not args.quick and not num_gpus():
         raise ValueError("there is no NVIDIA GPU here; run it on a machine with one, or with --quick")
-    if "specforge" in args.parts:
+    if {"specforge", "variants"} & set(args.parts):
         program = "import specforge.optimizer, specforge.algorithms.common.dflash_family_model"
         program = f"from feature_bridge.cpu_stand_ins import torchvision_ops as t; t.ensure(); {program}"
         command = [args.specforge_python, "-c", program]
@@ -129,7 +127,6 @@ def check(args: argparse.Namespace) -> None:
 
 def make_settings(args: argparse.Namespace) -> tuple[Settings, Config]:
     """Raises ValueError: a config that SpecForge's trainer cannot follow."""
-    trainer, bridge = args.memory.split(",")
     options = ["--config", args.config, *BASE, "--draft.block-size", str(args.block_size)]
     options += ["--loss.gamma", str(GAMMA.get(args.block_size, 7)), "--output-dir", str(args.out), "--num-decode", "0"]
     options += ["--target.path", str(Path(args.target).resolve()), "--data.train-path", str(args.data.resolve())]
@@ -138,7 +135,7 @@ def make_settings(args: argparse.Namespace) -> tuple[Settings, Config]:
     if args.quick:
         options += quick.OPTIONS
     else:
-        options += ["--trainer.memory-fraction", trainer, "--bridge.memory-fraction", bridge]
+        options += ["--trainer.memory-fraction", "0.6", "--bridge.memory-fraction", "0.3"]  # the README's
     marks = marks_of(args.steps, args.points)
     options += ["--save-interval", str(marks[0]), "--keep-checkpoints", str(len(marks) + 1), *args.fields]
     config = parse_args(options)
@@ -182,76 +179,22 @@ def make_settings(args: argparse.Namespace) -> tuple[Settings, Config]:
 def prepare(args: argparse.Namespace, settings: Settings, config: Config) -> None:
     """Index, tokens, initial drafts and first anchors, where they are missing. Raises ValueError: OUT is another's."""
     out = args.out
-    if (out / FILE).is_file():
+    if begun := (out / FILE).is_file():
         known = read_settings(out)
         if changed := difference(known, settings):
             raise ValueError(f"{out} holds a race of other settings: {changed}; give another --out")
         settings = dataclasses.replace(settings, seeds=tuple(dict.fromkeys((*known.seeds, *settings.seeds))))
     target = open_target(config.target)
     settings.write(out)
-    write_starts(settings, out, choose_shape(config.draft, target), target)
     if not (out / TOKENS).is_file() or set(read_samples(out)[1]) != set(settings.seeds):
-        call(out, "tokens", args.bridge_python, "benchmarks.race.tokens", str(out))
+        try:
+            call(out, "tokens", args.bridge_python, "benchmarks.race.tokens", str(out))
+        except ValueError:
+            if not begun:  # with other options it may be another race
+                (out / FILE).unlink()
+            raise
+    write_starts(settings, out, choose_shape(config.draft, target), target)
     write_anchors(settings, out, config)
-
-
-def environment() -> dict[str, str]:
-    """Of a child: this project can be imported."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
-
-
-def call(out: Path, name: str, python: str, module: str, *arguments: str, shown: bool = True) -> None:
-    """Runs `PYTHON -m MODULE ..`; its output is in OUT/NAME.log, and printed where `shown`.
-
-    Raises ValueError: it failed; with the last line of its log.
-    """
-    began = time.monotonic()
-    with (out / f"{name}.log").open("w") as log:
-        command = [python, "-m", module, *arguments]
-        code = subprocess.run(command, cwd=ROOT, env=environment(), stdout=log, stderr=log, check=False).returncode
-    text = (out / f"{name}.log").read_text()
-    if code:
-        last = (text.strip().splitlines() or ["(nothing)"])[-1]
-        raise ValueError(f"{name} ended with code {code}; its log {out}/{name}.log ends: {last}")
-    if shown:
-        print(text, end="")
-    print(f"<!-- {name}: {time.monotonic() - began:.0f} s -->", flush=True)
-
-
-# --- the trainings ----------------------------------------------------------------------------------------------------
-
-
-def run_jaxdraft(args: argparse.Namespace, settings: Settings, seed: int) -> None:
-    """`python -m jaxdraft.train`, as a user calls it; when its steps ended is told from its metrics.jsonl."""
-    name = f"jaxdraft-{seed}"
-    command = [sys.executable, "-m", "jaxdraft.train", *settings.options, "--name", name, "--seed", str(seed)]
-    metrics, first, began = args.out / name / "metrics.jsonl", None, time.time()
-    with (args.out / f"{name}.log").open("w") as log:
-        process = subprocess.Popen([*command, "--fresh"], cwd=ROOT, env=environment(), stdout=log, stderr=log)
-        while process.poll() is None and first is None:
-            if metrics.is_file() and metrics.stat().st_mtime > began and metrics.stat().st_size:
-                first = time.time()
-            time.sleep(0.005)
-        code = process.wait()
-    if code or first is None:
-        last = ((args.out / f"{name}.log").read_text().strip().splitlines() or ["(nothing)"])[-1]
-        raise ValueError(f"{name} ended with code {code}; its log {args.out}/{name}.log ends: {last}")
-    lines = [line for line in read_lines(metrics) if line["split"] == "train"]
-    ended = [first]
-    for line in lines[1:]:  # a step's seconds are those since the end of the one before
-        ended.append(ended[-1] + line["seconds"])
-    waited = sum(line["seconds_waiting"] for line in lines[1:])
-    found = {"started": began, "ended": ended, "loss": [line["loss"] for line in lines], "seconds_waiting": waited}
-    times_file(args.out, "jaxdraft", seed).write_text(json.dumps(found) + "\n")
-    print(f"<!-- {name}: {time.time() - began:.0f} s -->", flush=True)
-
-
-def run_specforge(args: argparse.Namespace, settings: Settings, seed: int) -> None:
-    began, name, module = time.time(), f"specforge-{seed}", "benchmarks.race.specforge_run"
-    call(args.out, name, args.specforge_python, module, str(args.out), str(seed), shown=False)
-    found = json.loads((args.out / f"{name}.json").read_text())
-    times_file(args.out, "specforge", seed).write_text(json.dumps({"started": began} | found) + "\n")
 
 
 def check_objective(args: argparse.Namespace, settings: Settings) -> list[str]:
@@ -261,7 +204,7 @@ def check_objective(args: argparse.Namespace, settings: Settings) -> list[str]:
     if not file.is_file():
         module = "benchmarks.race.specforge_run"
         arguments = (str(args.out), str(seed), "--check-objective")
-        call(args.out, "objective", args.specforge_python, module, *arguments, shown=False)
+        call(args.out, "objective", args.specforge_python, module, *arguments)
     theirs = json.loads(file.read_text())["loss"]
     ours = json.loads(times_file(args.out, "jaxdraft", seed).read_text())["loss"][0]
     apart = abs(ours - theirs) / theirs
@@ -277,10 +220,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     settings, config = make_settings(args)
     prepare(args, settings, config)
+    if "variants" in args.parts:
+        time_variants(args.out, settings, args.specforge_python)
     for seed in settings.seeds:
-        for trainer, train in (("jaxdraft", run_jaxdraft), ("specforge", run_specforge)):
-            if trainer in args.parts and not times_file(args.out, trainer, seed).is_file():
-                train(args, settings, seed)
+        if "jaxdraft" in args.parts and not times_file(args.out, "jaxdraft", seed).is_file():
+            run_jaxdraft(args.out, settings, seed)
+        if "specforge" in args.parts and not times_file(args.out, "specforge", seed).is_file():
+            run_specforge(args.out, seed, args.specforge_python)
     if "evaluate" in args.parts:
         call(args.out, "evaluate", sys.executable, "benchmarks.race.evaluate", str(args.out))
     if "report" not in args.parts:

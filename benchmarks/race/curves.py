@@ -17,6 +17,7 @@ from scipy import stats
 Points = Sequence[tuple[float, float]]  # seconds, tau; seconds ascend
 
 CLOCKS = ("process", "first step")
+SINCE = {"process": "the start of the process", "first step": "the end of the first step"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,5 @@ def faults(runs: Sequence[Run]) -> list[str]:
         curve, other_curve = (mean_curve([run.curve(clock) for run in own]) for own in (ours, theirs))
         for seconds, tau in other_curve[1:]:
             if (own := tau_at(curve, seconds)) < tau - allowed:
-                since = "the start of the process" if clock == "process" else "the end of the first step"
-                found.append(f"{seconds:.0f} s after {since} tau is {own:.3f} and SpecForge's {tau:.3f}: behind")
+                found.append(f"{seconds:.1f} s after {SINCE[clock]} tau is {own:.3f} and SpecForge's {tau:.3f}: behind")
     return found

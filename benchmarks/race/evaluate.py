@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.race.settings import TRAINERS, Settings, draft_dir, read_settings, times_file
+from benchmarks.race.settings import TAUS, TRAINERS, Settings, draft_dir, read_settings, read_taus, times_file
 from benchmarks.recipe.store import Reread
 from jaxdraft.bridges import BridgeError
 from jaxdraft.checkpoint import load_params
@@ -39,7 +39,6 @@ from jaxdraft.target import open_target
 from jaxdraft.tau_table import interval, replayed_calls
 from jaxdraft.train_step import make_eval_step
 
-FILE = "taus.json"
 HELD_OUT = "held-out.jsonl"
 
 
@@ -131,11 +130,6 @@ def by_set(result: EvalResult, where: Sequence[str], set_of_line: Sequence[str])
     return {name: tau_of(own, result.block_size) for name, own in answers.items() if own}
 
 
-def read_taus(out: Path) -> dict[str, Any]:
-    file = out / FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
 def main() -> int:
     out = Path(sys.argv[1])
     settings = read_settings(out)
@@ -143,7 +137,7 @@ def main() -> int:
     prepare_jax(config)
     began = time.perf_counter()
     for key, taus in evaluate_all(settings, out):
-        write_json(out / FILE, read_taus(out) | {key: taus})
+        write_json(out / TAUS, read_taus(out) | {key: taus})
         shown = ", ".join(f"{name} {taus[name]['tau']:.3f}" for name, _ in settings.held_out if name in taus)
         print(f"{key}: {shown} ({time.perf_counter() - began:.0f} s)", flush=True)
     return 0

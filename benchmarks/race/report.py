@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.race.curves import (
     CLOCKS,
+    SINCE,
     Run,
     faults,
     margin,
@@ -120,16 +121,16 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def figure(runs: Sequence[Run], name: str) -> str:
+def figure(runs: Sequence[Run], name: str, clock: str) -> str:
     lines = {}
     for trainer in TRAINERS:
-        curves = [run.curve("process") for run in of_trainer(runs, trainer)]
+        curves = [run.curve(clock) for run in of_trainer(runs, trainer)]
         lines[LABELS[trainer]] = Line(mean_curve(curves), curves, COLOURS[trainer])
-    return figure_svg(f"replayed tau on {name}, over seconds since the start of the trainer", lines)
+    return figure_svg(f"replayed tau on {name}, over seconds since {SINCE[clock]}", lines)
 
 
 def write_report(settings: Settings, out: Path, taus: dict[str, Any]) -> tuple[str, list[str]]:
-    """OUT/report.json and OUT/race.svg; the Markdown, and the faults. The first held-out set decides."""
+    """Writes OUT/report.json and the curves; the Markdown, and the faults of the first held-out set."""
     names = [name for name, _ in settings.held_out]
     runs = {name: read_runs(settings, out, taus, name) for name in names}
     first = runs[names[0]]
@@ -146,6 +147,11 @@ def write_report(settings: Settings, out: Path, taus: dict[str, Any]) -> tuple[s
         parts.append(f"**Replayed tau, {name}** (means may differ by {margin(runs[name]):.3f} by the seeds alone)")
         parts.append(points_table(runs[name]))
     parts += [f"**Seconds to the same tau, {names[0]}**", ratios_table(compared), speed_table(settings, out)]
+    if (out / "variants.json").is_file():
+        rows = [["SpecForge's attention", "capture", "ms a step", "s to the end of the first step, imports left out"]]
+        for one in json.loads((out / "variants.json").read_text()):
+            rows.append([one["attention"], one["capture"], f"{one['ms']:.1f}", f"{one['first']:.1f}"])
+        parts.append(markdown(rows))
     parts += [f"- {sentence}" for sentence in wrong] or ["The same tau at equal steps, and ahead at every point."]
     points = [
         {"set": name, "trainer": run.trainer, "seed": run.seed, "step": step, "tau": tau, "bounds": run.bounds[step]}
@@ -157,5 +163,6 @@ def write_report(settings: Settings, out: Path, taus: dict[str, Any]) -> tuple[s
     whole = {"how": " ".join(how.split()), "versions": theirs["versions"], "points": points}
     whole |= {"ratios": compared, "faults": wrong, "margin": margin(first)}
     (out / "report.json").write_text(json.dumps(whole, indent=1) + "\n")
-    (out / "race.svg").write_text(figure(first, names[0]))
+    for clock, file in zip(CLOCKS, ("race.svg", "race-training.svg"), strict=True):
+        (out / file).write_text(figure(first, names[0], clock))
     return "\n\n".join(parts), wrong

@@ -10,6 +10,7 @@ from typing import Any
 
 TRAINERS = ("jaxdraft", "specforge")
 FILE = "race.json"
+TAUS = "taus.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,11 @@ def read_settings(out: Path) -> Settings:
     for name in ("options", "seeds", "marks", "layer_ids"):
         found[name] = tuple(found[name])
     return Settings(**found)
+
+
+def read_taus(out: Path) -> dict[str, Any]:
+    """Taus of the drafts that were evaluated, by `TRAINER-SEED-STEP` and the name of the held-out set."""
+    return json.loads((out / TAUS).read_text()) if (out / TAUS).is_file() else {}
 
 
 def difference(old: Settings, new: Settings) -> str:

@@ -11,21 +11,22 @@ Legend: b samples of a batch, s tokens of the longest, f width of the features.
 
 from __future__ import annotations
 
-import multiprocessing.synchronize
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from queue import Empty
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.race.settings import Settings, read_settings
-from benchmarks.race.tokens import Samples, read_samples
+from benchmarks.race.settings import Settings
+from benchmarks.race.tokens import Samples, anchors_per_sample, read_samples
 from feature_bridge.cpu_stand_ins import torchvision_ops
 
 AHEAD = 2  # batches
+MULTIPLE = 8  # of the batches' lengths: kernels with a mask are slower, or do not run, at others
 
 torchvision_ops.ensure()  # before transformers' models
 import transformers  # noqa: E402
@@ -62,41 +63,52 @@ class Target:
 
 
 def pad(samples: Samples, row: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Tokens and loss mask [b, s] of a row's samples, filled up with zeros."""
+    """Tokens and loss mask [b, s] of a row's samples, filled up with zeros to the longest one's MULTIPLE."""
     found = [samples[sample] for sample in row]
-    shape = len(found), max(len(tokens) for tokens, _ in found)
+    longest = max(len(tokens) for tokens, _ in found)
+    shape = len(found), -(-longest // MULTIPLE) * MULTIPLE
     input_ids, loss_mask = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
     for i, (tokens, mask) in enumerate(found):
         input_ids[i, : len(tokens)], loss_mask[i, : len(mask)] = tokens, mask
     return torch.from_numpy(input_ids), torch.from_numpy(loss_mask)
 
 
-def capture_batches(settings: Settings, out: Path, seed: int) -> Iterator[dict[str, Tensor]]:
-    """The batch of each step: input_ids, loss_mask and hidden_states on the device, and `valid`, on the host.
+class Captured(NamedTuple):
+    """The batch of a step.
 
-    `valid` [b] counts each sample's possible anchors.
+    Attributes:
+      tensors: on the device, by SpecForge's names: input_ids, loss_mask [b, s], hidden_states [b, s, f].
+      num_anchors: largest number of anchors of a sample. total_anchors: of the batch, then.
     """
+
+    tensors: dict[str, Tensor]
+    num_anchors: int
+    total_anchors: int
+
+
+def capture_batches(settings: Settings, out: Path, seed: int) -> Iterator[Captured]:
+    """The batch of each step."""
     samples, rows = read_samples(out)
     target, where = Target(settings), device()
     for row in rows[seed]:
         input_ids, loss_mask = pad(samples, row)
-        valid = (loss_mask[:, :-1] * loss_mask[:, 1:]).sum(1).int()
+        valid = (loss_mask[:, :-1] * loss_mask[:, 1:]).sum(1).int().tolist()
+        num_anchors = anchors_per_sample(valid, settings.num_anchors)
         if where.type == "cuda":
             input_ids, loss_mask = input_ids.pin_memory(), loss_mask.pin_memory()
         input_ids = input_ids.to(where, non_blocking=True)
         hidden_states = target.capture(input_ids).to(getattr(torch, settings.dtype))
-        yield {
-            "input_ids": input_ids,
-            "loss_mask": loss_mask.to(where, non_blocking=True),
-            "hidden_states": hidden_states,
-            "valid": valid,
-        }
+        tensors = {"input_ids": input_ids, "hidden_states": hidden_states}
+        tensors["loss_mask"] = loss_mask.to(where, non_blocking=True)
+        yield Captured(tensors, num_anchors, sum(min(num_anchors, count) for count in valid))
 
 
-def _serve(out: Path, seed: int, queue: Any, done: multiprocessing.synchronize.Event) -> None:
-    """The capturing process. Its memory has to outlive the last batch."""
+def _serve(settings: Settings, out: Path, seed: int, queue: Any) -> None:
+    """The capturing process. Its memory has to outlive the last batch: it is ended from outside."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # threads of two processes that spin for the same cores slow each other down
     try:
-        for batch in capture_batches(read_settings(out), out, seed):
+        for batch in capture_batches(settings, out, seed):
             if torch.cuda.is_available():
                 torch.cuda.current_stream().synchronize()
             queue.put(batch)
@@ -104,7 +116,7 @@ def _serve(out: Path, seed: int, queue: Any, done: multiprocessing.synchronize.E
     except Exception as error:
         queue.put(error)
         raise
-    done.wait()
+    signal.pause()
 
 
 def _next(queue: Any, worker: Any) -> Any:
@@ -117,7 +129,7 @@ def _next(queue: Any, worker: Any) -> Any:
                 raise RuntimeError(f"the capturing process ended with code {worker.exitcode}") from None
 
 
-def open_batches(settings: Settings, out: Path, seed: int) -> Iterator[dict[str, Tensor]]:
+def open_batches(settings: Settings, out: Path, seed: int) -> Iterator[Captured]:
     """`capture_batches`, as `settings.capture` says; a process for it starts at once.
 
     Raises RuntimeError, at a batch: the capturing process failed.
@@ -125,13 +137,13 @@ def open_batches(settings: Settings, out: Path, seed: int) -> Iterator[dict[str,
     if settings.capture == "inline":
         return capture_batches(settings, out, seed)
     context = torch.multiprocessing.get_context("spawn")
-    queue, done = context.Queue(AHEAD), context.Event()
-    worker = context.Process(target=_serve, args=(out, seed, queue, done), daemon=True)
+    queue = context.Queue(AHEAD)
+    worker = context.Process(target=_serve, args=(settings, out, seed, queue), daemon=True)
     worker.start()
-    return _received(settings.steps, queue, done, worker)
+    return _received(settings.steps, queue, worker)
 
 
-def _received(number: int, queue: Any, done: Any, worker: Any) -> Iterator[dict[str, Tensor]]:
+def _received(number: int, queue: Any, worker: Any) -> Iterator[Captured]:
     try:
         for _ in range(number):
             batch = _next(queue, worker)
@@ -140,6 +152,5 @@ def _received(number: int, queue: Any, done: Any, worker: Any) -> Iterator[dict[
             yield batch
             del batch
     finally:
-        done.set()
-        worker.join(10)
         worker.kill()
+        worker.join()

@@ -1,4 +1,7 @@
-"""SpecForge's side of a race, one seed: `python -m benchmarks.race.specforge_run OUT SEED [--check-objective]`.
+"""SpecForge's side of a race, one seed: `python -m benchmarks.race.specforge_run OUT SEED`.
+
+    --check-objective     the loss of the first step alone, at jaxdraft's anchors
+    --variant A,C         times some steps with attention A and capture C, and keeps no draft
 
 SpecForge 0.2.0 trains online only from a separate SGLang server that carries its patch (spec-capture.patch, which its
 wheel does not have) and writes features into a Mooncake store, a service of its own. So its trainer is fed here by a
@@ -17,12 +20,14 @@ the batch together have as many as jaxdraft draws of the row, as near as that co
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +49,7 @@ from specforge.training.controller import TrainerController, TrainerCore  # isor
 from specforge.training.strategies.base import DFlashTrainStrategy  # isort: skip
 
 
-def anchors_per_sample(valid: Sequence[int], wanted: int) -> int:
-    """k for which the samples, with up to k anchors each of their `valid` ones, together have nearly `wanted`."""
-    totals = [sum(min(k, count) for count in valid) for k in range(1, max(valid) + 1)]
-    return 1 + int(np.abs(np.array(totals) - wanted).argmin())
+VARIANT_STEPS = 80
 
 
 def build_model(settings: Settings, out: Path, seed: int) -> OnlineDFlashModel:
@@ -148,10 +150,10 @@ def train(settings: Settings, out: Path, seed: int) -> dict[str, Any]:
         for step, batch in enumerate(source):
             if step:
                 note(step)
-            valid = batch.pop("valid").tolist()
-            model.num_anchors = anchors_per_sample(valid, settings.num_anchors)
-            anchors.append(sum(min(model.num_anchors, count) for count in valid))
-            yield TrainBatch(sample_ids=[str(i) for i in range(len(valid))], strategy="dflash", tensors=batch)
+            model.num_anchors = batch.num_anchors
+            anchors.append(batch.total_anchors)
+            names = [str(i) for i in range(len(batch.tensors["input_ids"]))]
+            yield TrainBatch(sample_ids=names, strategy="dflash", tensors=batch.tensors)
 
     controller.fit(batches())
     if device().type == "cuda":
@@ -165,15 +167,13 @@ def train(settings: Settings, out: Path, seed: int) -> dict[str, Any]:
 
 def first_loss(settings: Settings, out: Path, seed: int) -> float:
     """Loss of the initial draft on the first batch, at the anchors that jaxdraft draws of the first row."""
-    inline = Settings(**vars(settings) | {"capture": "inline"})
-    batch = next(open_batches(inline, out, seed))
+    batch = next(open_batches(replace(settings, capture="inline"), out, seed))
     with np.load(out / "anchors.npz") as file:
         chosen = torch.from_numpy(file[str(seed)]).to(device())  # [b, n], -1: none
     model = build_model(settings, out, seed)
     model._sample_anchor_positions = lambda *_: (chosen.clamp(min=0), chosen >= 0)
-    del batch["valid"]
     with torch.no_grad():
-        return float(model(**batch)[0])
+        return float(model(**batch.tensors)[0])
 
 
 def versions() -> str:
@@ -189,16 +189,32 @@ def versions() -> str:
     return f"SpecForge {own}, torch {torch.__version__}, transformers {transformers.__version__}, {gpu}"
 
 
+def time_variant(settings: Settings, out: Path, seed: int, attention: str, capture: str) -> dict[str, Any]:
+    """Milliseconds of a step: the median of the later half of VARIANT_STEPS; and how long the first one took to end."""
+    began = time.time()
+    steps = min(VARIANT_STEPS, settings.steps)
+    ended = train(replace(settings, attention=attention, capture=capture, steps=steps, marks=()), out, seed)["ended"]
+    later = np.diff(ended[steps // 2 :]) if steps > 3 else np.diff(ended)
+    return {"attention": attention, "capture": capture, "ms": 1e3 * float(np.median(later)), "first": ended[0] - began}
+
+
 def main() -> int:
-    started = time.time()
-    out, seed = Path(sys.argv[1]), int(sys.argv[2])
-    settings = read_settings(out)
-    if "--check-objective" in sys.argv:
-        loss = first_loss(settings, out, seed)
-        (out / f"objective-{seed}.json").write_text(json.dumps({"loss": loss}) + "\n")
-        return 0
-    found = train(settings, out, seed)
-    (out / f"specforge-{seed}.json").write_text(json.dumps({"imported": started} | found) + "\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.race.specforge_run", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--check-objective", action="store_true")
+    parser.add_argument("--variant", metavar="ATTENTION,CAPTURE")
+    args = parser.parse_args()
+    settings = read_settings(args.out)
+    if args.check_objective:
+        name, found = "objective", {"loss": first_loss(settings, args.out, args.seed)}
+    elif args.variant:
+        name, found = "variant", time_variant(settings, args.out, args.seed, *args.variant.split(","))
+    else:
+        name, found = "specforge", train(settings, args.out, args.seed)
+    (args.out / f"{name}-{args.seed}.json").write_text(json.dumps(found) + "\n")
     return 0
 
 

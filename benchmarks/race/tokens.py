@@ -59,6 +59,12 @@ def plan_rows(lengths: np.ndarray, *, seed: int, epochs: int, row_tokens: int, s
     return list(schedule.rows[:steps])
 
 
+def anchors_per_sample(valid: Sequence[int], wanted: int) -> int:
+    """k for which the samples, with up to k anchors each of their `valid` ones, together have nearly `wanted`."""
+    totals = [sum(min(k, count) for count in valid) for k in range(1, max(valid) + 1)]
+    return 1 + int(np.abs(np.array(totals) - wanted).argmin())
+
+
 _index: Index | None = None  # of a worker process, which is forked
 
 
