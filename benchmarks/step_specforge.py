@@ -41,7 +41,7 @@ class SpecForge(Peer):
             block_size=draft.block_size,
             attention_backend=self.attention,
             num_anchors=anchors.shape[1],
-            loss_decay_gamma=loss.gamma,
+            loss_decay_gamma=loss.decay(draft.block_size),
         )
         injected = to_torch(anchors).long()
         keep = torch.ones_like(injected, dtype=torch.bool)

@@ -84,7 +84,7 @@ class Speculators(Peer):
             "document_ids": torch.zeros_like(tokens),
             "position_ids": torch.arange(tokens.shape[1], device=self.device)[None],
             "loss_config": resolve_loss_config("ce", "fused" if self.device == "cuda" else "eager"),
-            "gamma": loss.gamma,
+            "gamma": loss.decay(block),
             "max_anchors": anchors.shape[1],
             "per_position_loss_weight": "fixed-exp-decay",
         }
@@ -92,7 +92,7 @@ class Speculators(Peer):
         labels = block_labels(
             batch.tokens, batch.loss_mask, batch.segment_start, batch.num_tokens, anchors, anchors >= 0, block
         )
-        weights = labels.supervised * decay_weights(block - 1, loss.gamma)
+        weights = labels.supervised * decay_weights(block - 1, loss.decay(block))
         self.scale = float(jnp.sum(labels.supervised) / jnp.sum(weights))
         self.conversion = f" (its mean over slots x {self.scale:.4f}, labels by its target's head)"
 

@@ -21,6 +21,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jaxdraft.config import Config
+from jaxdraft.losses import default_gamma
 
 # What a resume may change (the rest is refused by name): nothing here alters a loss. Paths may move because the index
 # digest says whether the data is the same.
@@ -234,12 +235,22 @@ def _completed(meta: dict[str, Any]) -> dict[str, Any]:
 def _difference(old: dict[str, Any], new: dict[str, Any], allowed: Set[str]) -> tuple[str, Any, Any] | None:
     """The first field, by name, that differs and may not, with both values."""
     own = ("versions", "evaluation_due", "unchecked")  # of one checkpoint, not of the run
-    old, new = (_flatten({k: v for k, v in meta.items() if k not in own}) for meta in (old, new))
+    old, new = (_with_decay(_flatten({k: v for k, v in meta.items() if k not in own})) for meta in (old, new))
+    if old.get("config.loss.kind") == new.get("config.loss.kind") != "dflash":
+        allowed = allowed | {"loss.gamma"}  # only that kind reads it
     for name in sorted(old.keys() | new.keys()):
         field = name.removeprefix("config.")
         if field not in allowed and old.get(name) != new.get(name):
             return field, old.get(name), new.get(name)
     return None
+
+
+def _with_decay(meta: dict[str, Any]) -> dict[str, Any]:
+    """A flat meta with the number that `loss.gamma`="auto" means: so it may be written either way."""
+    block_size = meta.get("draft.block_size", meta.get("config.draft.block_size"))
+    if meta.get("config.loss.gamma") != "auto" or block_size is None:
+        return meta
+    return meta | {"config.loss.gamma": default_gamma(block_size)}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

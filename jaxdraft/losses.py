@@ -26,8 +26,9 @@ class LossConfig:
 
     kind: LossKind = "dflash"
     """dflash: decayed cross entropy; the others: D-PACE, weighted by the draft's own confidence."""
-    gamma: float | None = 7.0
-    """Decay exp(-(k-1)/gamma) over the slots, dflash only: 7, 5, 4 for block size 16, 10, 8; None: no decay."""
+    gamma: float | Literal["auto"] | None = "auto"
+    """Decay exp(-(k-1)/gamma) over the slots k, dflash only; None: no decay. auto: by the block size B, the smaller of
+    B/2 and (B+5)/3, which is the published 7, 5 and 4 for B = 16, 10 and 8."""
     dpace_alpha: float = 0.5
     """D-PACE's smoothing of the confidence, 0 (none) to 1 (ignore it)."""
     head_dtype: Literal["float8_e4m3fn"] | None = None
@@ -40,10 +41,20 @@ class LossConfig:
             raise ValueError(
                 f"loss.head_dtype={self.head_dtype!r} is unknown; use float8_e4m3fn, or None for full precision"
             )
-        if self.gamma is not None and not self.gamma > 0:
-            raise ValueError(f"loss.gamma={self.gamma} must be positive; use None for no decay")
+        if self.gamma not in (None, "auto") and not self.gamma > 0:
+            raise ValueError(f"loss.gamma={self.gamma} must be positive; use auto, or None for no decay")
         if not 0 <= self.dpace_alpha <= 1:
             raise ValueError(f"loss.dpace_alpha={self.dpace_alpha} must be in [0, 1]; 0.5 is the published value")
+
+    def decay(self, block_size: int) -> float | None:
+        """The gamma of a draft with this block size, as a number; None: no decay."""
+        return default_gamma(block_size) if self.gamma == "auto" else self.gamma
+
+
+def default_gamma(block_size: int) -> float:
+    """DFlash's published decay at B = 8, 10 and 16: 4, 5 and 7. Straight lines through them give the others: B/2 up to
+    10, so that slot B/2 + 1 always counts 1/e, and (B+5)/3 above."""
+    return min(block_size / 2, (block_size + 5) / 3)
 
 
 @jax.tree_util.register_dataclass
@@ -179,7 +190,8 @@ def loss_sums(
     """All sums of a micro-batch; only `numerator` carries a gradient, through `nll`."""
     mask = labels.supervised
     if config.kind == "dflash":
-        weights = mask * decay_weights(nll.shape[-1], config.gamma)
+        num_slots = nll.shape[-1]
+        weights = mask * decay_weights(num_slots, config.decay(block_size=num_slots + 1))
         denominator = jnp.sum(weights)
     else:
         weights = mask * dpace_weights(nll, mask, config.kind, config.dpace_alpha)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxdraft.losses import default_gamma
 from jaxdraft.model.dflash import DraftConfig
 
 # Targets by model_type that SGLang captures and beside which its server has no DFLASH, and why; docs/families.md.
@@ -98,7 +99,7 @@ def model_card(
         _acceptance(summary),
         "## Training",
         "![loss and tau over the steps of the run](curves.svg)" if has_curves else "",
-        _recipe(recipe),
+        _recipe(recipe, config.block_size),
         _data(data),
         (SERVE_SPECULATORS if about.get("form") == "speculators" else SERVE).format(
             target=target, proposed=config.block_size - 1, sglang=sglang.strip()
@@ -135,11 +136,13 @@ def _acceptance(summary: Mapping[str, Any] | None) -> str:
     return text
 
 
-def _recipe(recipe: Mapping[str, Any] | None) -> str:
+def _recipe(recipe: Mapping[str, Any] | None, block_size: int) -> str:
     if not recipe:
         return "The recipe is not known to this export."
     chosen = {name: recipe[name] for name in ("epochs", "rows_per_device", "accumulation", "compute_dtype", "seed")}
     chosen |= {f"loss.{name}": value for name, value in recipe["loss"].items()}
+    if chosen.get("loss.gamma") == "auto":
+        chosen["loss.gamma"] = f"auto: {default_gamma(block_size):.3g}"
     chosen |= {f"optim.{name}": value for name, value in recipe["optim"].items()}
     chosen["data.row_tokens"] = recipe["data"]["row_tokens"]
     return _table(("field", "value"), chosen.items())

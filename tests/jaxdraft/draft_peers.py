@@ -78,7 +78,7 @@ class SpecForgeObjective:
             mask_token_id=config.mask_token_id,
             block_size=config.block_size,
             attention_backend="sdpa",
-            loss_decay_gamma=loss.gamma,
+            loss_decay_gamma=loss.decay(config.block_size),
             loss_type=loss.kind,
             dpace_alpha=loss.dpace_alpha,
             objective_chunk_blocks=0,

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import threading
 import time
@@ -229,6 +230,28 @@ def test_a_field_that_an_earlier_version_did_not_have_had_its_default():
     check_resume(earlier, now)
     with pytest.raises(ValueError, match="^float32_gradients=True differs from the checkpoint's False"):
         check_resume(earlier, changed(("config", "float32_gradients"), True, now))
+
+
+def with_loss(block_size, **loss):
+    return {"config": {"loss": {"kind": "dflash", "gamma": "auto"} | loss}, "draft": {"block_size": block_size}}
+
+
+@pytest.mark.parametrize(("block_size", "gamma"), [(16, 7.0), (8, 4.0)])
+def test_a_decay_by_block_size_is_the_number_that_it_means(block_size, gamma):
+    """As in the checkpoints of earlier versions, whose default was 7."""
+    for saved, now in itertools.permutations(({}, {"gamma": gamma})):
+        check_resume(with_loss(block_size, **saved), with_loss(block_size, **now))
+        check_alike(with_loss(block_size, **saved), with_loss(block_size, **now))
+
+
+def test_another_decay_is_refused_where_it_is_read():
+    with pytest.raises(
+        ValueError, match=r"^loss\.gamma=4\.0 differs from the checkpoint's 7\.0; restore the old value"
+    ):
+        check_resume(with_loss(8, gamma=7.0), with_loss(8))
+    check_resume(with_loss(8, kind="dpace", gamma=7.0), with_loss(8, kind="dpace"))
+    with pytest.raises(ValueError, match=r"^loss\.(gamma|kind)="):
+        check_resume(with_loss(8, kind="dpace", gamma=7.0), with_loss(8))
 
 
 @pytest.mark.parametrize(("name", "allowed"), [("quantization", False), ("mem_fraction_static", True)])

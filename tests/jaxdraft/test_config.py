@@ -14,8 +14,9 @@ import pytest
 from draft_helpers import TINY as DRAFT
 
 from jaxdraft import export
+from jaxdraft.checkpoint import as_json
 from jaxdraft.cli import CONFIGS_DIR, Parser, load_config, parse_args, parse_command, parse_options, run_command
-from jaxdraft.config import BridgeConfig, Config, DataConfig, DraftOptions, TargetConfig
+from jaxdraft.config import CONFIG_FILE, BridgeConfig, Config, DataConfig, DraftOptions, TargetConfig
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.run import open_run_dir
 
@@ -77,6 +78,14 @@ def test_help_lists_every_field_with_type_default_and_a_line():
     assert str(CONFIGS_DIR) not in text
 
 
+@pytest.mark.parametrize(("given", "gamma"), [("auto", "auto"), ("4", 4.0), ("2.5", 2.5), ("None", None)])
+def test_the_decay_is_a_number_none_or_by_block_size(given, gamma, tmp_path):
+    config = parse_args([*TINY, "--loss.gamma", given])
+    assert config.loss.gamma == gamma
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(as_json(config)))  # as a run writes it down
+    assert load_config(str(tmp_path)) == config
+
+
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
@@ -104,6 +113,8 @@ def test_help_lists_every_field_with_type_default_and_a_line():
         ([*TINY, "--optim.learning-rate", "inf"], "optim.learning_rate=inf is not possible: give a finite number"),
         ([*TINY, "--optim.eps", "inf"], "optim.eps=inf"),
         ([*TINY, "--loss.gamma", "inf"], "loss.gamma=inf"),
+        ([*TINY, "--loss.gamma", "0"], "loss.gamma=0.0 must be positive"),
+        ([*TINY, "--loss.gamma", "some"], "--loss.gamma.*some"),
         ([*TINY, "--seed", "9223372036854775808"], "seed=9223372036854775808"),
         ([*TINY, "--seed=-1"], "seed=-1"),
         ([*TINY, "--max-new-tokens", "0"], "max_new_tokens=0"),

@@ -8,6 +8,7 @@ import pytest
 from draft_helpers import TINY, packed_batch, samples_of
 
 from jaxdraft.losses import (
+    Labels,
     LossConfig,
     accept_lengths,
     block_labels,
@@ -104,6 +105,26 @@ def test_sums_and_metrics(batch):
     assert float(per_sample.denominator) == 5
 
 
+@pytest.mark.parametrize(
+    ("block_size", "gamma"), [(16, 7), (10, 5), (8, 4), (4, 2), (2, 1), (9, 4.5), (13, 6), (32, 37 / 3)]
+)
+def test_the_default_decay_is_the_published_one_of_the_block_size(block_size, gamma):
+    assert LossConfig().decay(block_size) == pytest.approx(gamma)
+    assert LossConfig(gamma=3.0).decay(block_size) == 3.0
+    assert LossConfig(gamma=None).decay(block_size) is None
+
+
+@pytest.mark.parametrize(("block_size", "gamma"), [(16, 7.0), (8, 4.0)])
+def test_the_loss_is_decayed_by_its_own_block_size(block_size, gamma):
+    shape = (1, 2, block_size - 1)
+    labels = Labels(tokens=jnp.zeros(shape, int), inside=jnp.ones(shape, bool), supervised=jnp.ones(shape, bool))
+    nll = jnp.asarray(np.random.default_rng(0).exponential(size=shape), jnp.float32)
+    arguments = (nll, labels.tokens, labels, jnp.ones((1, 2), bool), jnp.float32(1))
+    sums, explicit = (loss_sums(*arguments, config) for config in (LossConfig(), LossConfig(gamma=gamma)))
+    np.testing.assert_array_equal(sums.numerator, explicit.numerator)
+    np.testing.assert_allclose(sums.denominator, 2 * np.exp(-np.arange(block_size - 1) / gamma).sum(), rtol=1e-6)
+
+
 def test_accept_lengths():
     hits = jnp.asarray([[1, 1, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1]], bool)
     np.testing.assert_array_equal(accept_lengths(hits), [3, 2, 0, 1])
@@ -113,7 +134,7 @@ def test_accept_lengths():
     ("options", "message"),
     [
         ({"kind": "focal"}, "loss.kind='focal' is unknown"),
-        ({"gamma": 0.0}, "loss.gamma=0.0 must be positive"),
+        ({"gamma": 0.0}, "loss.gamma=0.0 must be positive; use auto, or None for no decay"),
         ({"dpace_alpha": 1.5}, "loss.dpace_alpha=1.5 must be in"),
     ],
 )

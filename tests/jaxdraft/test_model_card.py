@@ -15,6 +15,7 @@ from jaxdraft.checkpoint import as_json
 from jaxdraft.config import Config, DataConfig, TargetConfig
 from jaxdraft.curves import PANEL_W, curves_svg, read_metrics
 from jaxdraft.export import export_draft, write_card
+from jaxdraft.losses import LossConfig
 from jaxdraft.model_card import NOT_SERVED_BY_SGLANG, model_card
 
 SCALED = dataclasses.replace(
@@ -159,3 +160,13 @@ def test_sglang_serves_what_the_card_says():
         (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == inner)
         assert setter not in [node.name for node in body if isinstance(node, ast.FunctionDef)], inner
     assert set(source) == set(NOT_SERVED_BY_SGLANG)
+
+
+@pytest.mark.parametrize(("gamma", "shown"), [("auto", "auto: 3"), (7.0, "7.0"), (None, "None")])
+def test_the_decay_by_block_size_is_shown_as_its_number(gamma, shown):
+    assert CONFIG.block_size == 6
+    config = Config(
+        name="a", target=TargetConfig(path="t"), data=DataConfig(train_path="d"), loss=LossConfig(gamma=gamma)
+    )
+    card = model_card(CONFIG, {"capture": "layer_output"}, recipe=as_json(config))
+    assert f"| loss.gamma | {shown} |" in card

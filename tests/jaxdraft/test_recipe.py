@@ -18,7 +18,7 @@ def test_the_published_recipe(name, mask, pixels):
         assert each.optim == OptimConfig(
             learning_rate=6e-4, warmup_ratio=0.04, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0
         )
-        assert (each.loss.kind, each.loss.gamma, each.loss.dpace_alpha) == ("dflash", 7.0, 0.5)
+        assert (each.loss.kind, each.loss.decay(each.draft.block_size), each.loss.dpace_alpha) == ("dflash", 7.0, 0.5)
         assert (each.draft.num_layers, each.draft.block_size, each.epochs) == (5, 16, 6)
         assert (each.anchor_rule, each.compute_dtype, each.data.too_long) == ("head", "bfloat16", "truncate")
         assert each.num_anchors == 683  # ceil(512 * 4096 / 3072)
