@@ -26,6 +26,7 @@ print(f"torch {version('torch')}, transformers {version('transformers')}, SGLang
 sys.path.append(str(Path(__file__).resolve().parent.parent / "jaxdraft"))  # the cases of the kernels' tests
 
 if MODE == "gpu":
+    os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the older name; JAX refuses both together
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.08")  # the kernels', in this process
 
 _before: int | None = None
@@ -50,30 +51,33 @@ def missing() -> str | None:
     name, used, total = (part.strip() for part in gpu[0].rsplit(",", 2))
     if int(used) > MOST_IN_USE * int(total):
         return f"needs a GPU of its own, and {used} of the {total} MiB of {name} are in use: end what runs there"
-    python = gpu_runs.BRIDGE_PYTHON
-    asked = {
-        f"the bridge's Python {python} lacks": (
-            [python, "-c", "import importlib.util as u; print(*(n for n in ('torch','sglang') if not u.find_spec(n)))"],
-            "; name another one with BRIDGE_PYTHON=...",
-        ),
-        f"JAX of {sys.executable} runs on": (
-            [sys.executable, "-c", "import jax; b = jax.default_backend(); print('' if b == 'gpu' else b)"],
-            " instead of a GPU: install jaxdraft[cuda13], or name another one with GPU_PYTHON=...",
-        ),
-    }
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    environment.pop("JAX_PLATFORMS", None)
-    started = {}
-    for what, (command, _) in asked.items():
-        try:
-            started[what] = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        except OSError as error:
-            return f"cannot run {command[0]} ({error.strerror}): give BRIDGE_PYTHON=... and GPU_PYTHON=..."
-    for what, process in started.items():
-        found = process.communicate(timeout=120)[0].strip()
-        if found or process.returncode:
-            return f"cannot start: {what} {found or 'everything: it ended with an error'}{asked[what][1]}"
+    # Both start JAX or Python with large libraries at hand: seconds, so beside each other.
+    try:
+        bridge, trainer = (
+            ask(python, code) for python, code in ((gpu_runs.BRIDGE_PYTHON, LACKS), (sys.executable, RUNS_ON))
+        )
+    except OSError as error:
+        return (
+            f"cannot run BRIDGE_PYTHON={gpu_runs.BRIDGE_PYTHON} ({error.strerror}): give a Python with torch and SGLang"
+        )
+    lacks, runs_on = (process.communicate(timeout=120)[0].strip() for process in (bridge, trainer))
+    if lacks or bridge.returncode:
+        return f"needs torch and sglang in BRIDGE_PYTHON={gpu_runs.BRIDGE_PYTHON}, and there is no {lacks or 'Python'}"
+    if runs_on != "gpu":
+        return (
+            f"needs JAX on the GPU, and in GPU_PYTHON={sys.executable} it runs on {runs_on or 'nothing'}: "
+            "install jaxdraft[cuda13], or give another Python"
+        )
     return None
+
+
+LACKS = "import importlib.util as u; print(*(n for n in ('torch', 'sglang') if not u.find_spec(n)))"
+RUNS_ON = "import jax; print(jax.default_backend())"
+
+
+def ask(python: str, code: str) -> subprocess.Popen:
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    return subprocess.Popen([python, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def pytest_sessionstart(session):

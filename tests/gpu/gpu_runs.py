@@ -1,7 +1,7 @@
 """The README's commands as processes, for the tests on a GPU.
 
-In a rehearsal (JAXDRAFT_GPU_TEST=rehearsal) the same tests run on a CPU: slots in host memory, the target in
-transformers, fewer steps. It shows that the tests themselves are right, and nothing about a GPU.
+In a rehearsal (JAXDRAFT_GPU_TEST=rehearsal) the same tests run on a CPU: slots in host memory, fewer steps, the target
+in transformers, or in JAXDRAFT_REHEARSED_BACKEND. It shows that the tests themselves are right, and nothing of a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import runs
 
 REHEARSAL = os.environ.get("JAXDRAFT_GPU_TEST") == "rehearsal"
 BRIDGE_PYTHON = os.environ.get("JAXDRAFT_BRIDGE_PYTHON", sys.executable)
-BACKEND = "huggingface" if REHEARSAL else "sglang"
+BACKEND = os.environ.get("JAXDRAFT_REHEARSED_BACKEND", "huggingface") if REHEARSAL else "sglang"
 TRANSPORT = "shared_memory" if REHEARSAL else "cuda_ipc"
 LIMIT_S = 900 if REHEARSAL else 240
 # Several trainers and bridges share the GPU. JAX takes its fraction at once; a bridge's is only a limit, and a wide
