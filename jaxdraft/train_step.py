@@ -23,6 +23,7 @@ from jaxdraft.anchors import AnchorRule, sample_row_anchors
 from jaxdraft.losses import LossConfig, LossSums
 from jaxdraft.model.dflash import DraftConfig, init_params, parameter_axes
 from jaxdraft.objective import Batch, Frozen, Params, Predictions, predict, unhealthy_rows
+from jaxdraft.ops.rounding import whole_products
 from jaxdraft.optim import OptimConfig, clip_factor, global_norm, learning_rate, make_optimizer
 from jaxdraft.sharding import ShardingRules, on_mesh, per_device, shardings
 
@@ -220,6 +221,7 @@ def make_train_step(
     # `frozen` is an argument and not a closure: closed-over arrays become constants of the executable.
     @functools.partial(jax.jit, donate_argnums=1, out_shardings=out_shardings, compiler_options=compiler_options)
     @on_mesh(mesh)
+    @whole_products(options.compute_dtype)
     def train_step(frozen: Frozen, state: TrainState, batch: Batch, key: Array):
         rows = ("rows",)
         anchors, valid = per_device(draw, [(), (), rows, rows, rows, rows], [rows, rows])(
@@ -266,7 +268,8 @@ def make_eval_step(
 ) -> Callable[[Params, Batch, Int[Array, "r n"], Bool[Array, "r n"]], Predictions]:
     """The step (params, batch, anchors, valid) -> Predictions, jitted; anchors of a row ascending, any fixed number."""
 
-    eval_step = jax.jit(functools.partial(on_mesh(mesh)(predict), draft=draft, loss=loss, **_compute_options(options)))
+    evaluated = on_mesh(mesh)(whole_products(options.compute_dtype)(predict))
+    eval_step = jax.jit(functools.partial(evaluated, draft=draft, loss=loss, **_compute_options(options)))
 
     def at_anchors(params: Params, batch: Batch, anchors: Array, valid: Array) -> Predictions:
         return eval_step(params, _now(frozen), batch, anchors, valid)

@@ -1,10 +1,16 @@
-"""Rounding that a compiled program must not lose."""
+"""Rounding that a compiled program must not lose, and rounding that it must not add."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def rounded(x: Float[Array, "*shape"], dtype: str | jnp.dtype) -> Float[Array, "*shape"]:
@@ -30,3 +36,23 @@ def rounded(x: Float[Array, "*shape"], dtype: str | jnp.dtype) -> Float[Array, "
     if narrow.nexp != wide.nexp:
         raise ValueError(f"dtype={jnp.dtype(dtype).name} cannot be rounded to inside jit; use float32 or bfloat16")
     return jax.lax.reduce_precision(x, exponent_bits=narrow.nexp, mantissa_bits=min(narrow.nmant, wide.nmant))
+
+
+def whole_products(compute_dtype: str) -> Callable[[F], F]:
+    """A decorator for a function under jit: where it computes in float32, its products do, too.
+
+    A GPU's default is to round the inputs of float32 products to 10 bits of mantissa (TF32), which no CPU does. Those
+    of bfloat16 have fewer anyway. What the user has set (JAX_DEFAULT_MATMUL_PRECISION) stays.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            if compute_dtype != "float32" or jax.config.jax_default_matmul_precision is not None:
+                return function(*args, **kwargs)
+            with jax.default_matmul_precision("highest"):
+                return function(*args, **kwargs)
+
+        return traced
+
+    return decorate

@@ -19,8 +19,9 @@ from jaxdraft.evaluate import as_served
 from jaxdraft.export import check_tensors
 from jaxdraft.losses import LossConfig
 from jaxdraft.model.tensors import to_tensors
-from jaxdraft.ops.rounding import rounded
-from jaxdraft.train_step import StepConfig, make_eval_step
+from jaxdraft.ops.rounding import rounded, whole_products
+from jaxdraft.optim import OptimConfig
+from jaxdraft.train_step import StepConfig, init_state, make_eval_step, make_train_step
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECIAL = [0.0, -0.0, 1e-45, -1e-40, 5e-39, 1.1754944e-38, 3.3895e38, 3.4e38, -3.4028235e38, np.inf, -np.inf]
@@ -172,6 +173,47 @@ def test_two_casts_are_found_wherever_they_are():
         assert len(lost_roundings(jax.make_jaxpr(function)(x).jaxpr)) == 1
     for fine in (lambda x: cast(x + 1), lambda x: x.astype(jnp.bfloat16) * 2, lambda x: rounded(x, "bfloat16")):
         assert lost_roundings(jax.make_jaxpr(fine)(x).jaxpr) == []
+
+
+def float32_products(jaxpr):
+    """Precision of every product of two float32 arrays."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general" and {v.aval.dtype for v in eqn.invars} == {jnp.dtype("float32")}:
+            found.append(eqn.params["precision"])
+        for inner, _ in inner_jaxprs(eqn):
+            found += float32_products(inner)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_float32_is_not_computed_in_fewer_bits(kind, dtype, monkeypatch):
+    """On a GPU, by default, it would be: forwards and backwards. Computing in bfloat16 has no product of float32."""
+    params, frozen = random_params(TINY, 3), jax.tree.map(lambda x: x.astype(dtype), random_frozen(TINY, 3))
+    batch = packed_batch(TINY, 40, ((20, 15), (38,)), seed=3)
+    options = StepConfig(num_anchors=2, total_steps=1, compute_dtype=dtype, attention="xla")
+    if kind == "eval":
+        step = make_eval_step(TINY, LossConfig(), options, frozen)
+        arguments = (params, batch, jnp.array([[2, 9], [5, 30]]), jnp.ones((2, 2), bool))
+    else:
+        step = make_train_step(TINY, LossConfig(), OptimConfig(), options, frozen)
+        arguments = (init_state(TINY, OptimConfig(), options, jax.random.key(0)), batch, jax.random.key(1))
+    found = float32_products(jax.make_jaxpr(step)(*arguments).jaxpr)
+    whole = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+    assert (len(found) > (50 if kind == "train" else 15)) == (dtype == "float32")
+    assert set(found) <= {whole}
+
+
+def test_a_precision_that_the_user_has_set_stays():
+    def product(x):
+        return x @ x
+
+    x = jnp.ones((2, 2))
+    with jax.default_matmul_precision("tensorfloat32"):
+        (precision,) = float32_products(jax.make_jaxpr(whole_products("float32")(product))(x).jaxpr)
+    assert precision != (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+    assert float32_products(jax.make_jaxpr(whole_products("bfloat16")(product))(x).jaxpr) == [None]
 
 
 def test_no_source_rounds_by_two_casts():
