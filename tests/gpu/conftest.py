@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "jaxdraft"))  # the
 
 if MODE == "gpu":
     os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the older name; JAX refuses both together
-    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.08")  # the kernels', in this process
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.02")  # of this process, which reads checkpoints
 
 _before: int | None = None
 _reports: list[pytest.TestReport] = []

@@ -23,7 +23,7 @@ TRANSPORT = "shared_memory" if REHEARSAL else "cuda_ipc"
 LIMIT_S = 900 if REHEARSAL else 240
 # Several trainers and bridges share the GPU. JAX takes its fraction at once; a bridge's is only a limit, and a wide
 # one, because SGLang mistakes what others allocate while it loads the target for its own.
-TRAINER_FRACTION, BRIDGE_FRACTION = "0.03", "0.3"
+TRAINER_FRACTION, BRIDGE_FRACTION = "0.02", "0.2"
 # Config's own defaults, which the embedded target's config replaces by those of its demo on a CPU.
 PRECISION = ("--compute-dtype", "bfloat16", "--target.dtype", "bfloat16")
 
@@ -40,6 +40,7 @@ class Command:
             environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "OMP_NUM_THREADS": "1"}
         else:  # of commands that take no --trainer.memory-fraction
             environment |= {"XLA_CLIENT_MEM_FRACTION": TRAINER_FRACTION, "JAX_COMPILATION_CACHE_DIR": str(out / "xla")}
+            environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         self.name = name
         command = [sys.executable, name] if name.endswith(".py") else [sys.executable, "-m", f"jaxdraft.{name}"]
         self._process = processes.popen([*command, *args], environment)
@@ -70,8 +71,10 @@ def train(out: Path, name: str, *args: object) -> Command:
     command = ["--config", "tiny_qwen35vl.py", *PRECISION, "--output-dir", out, "--name", name, "--log-interval", "1"]
     command += ["--bridge.python", BRIDGE_PYTHON, "--bridge.transport", TRANSPORT, "--target.backend", BACKEND]
     command += ["--data.eval-rows", "4", "--num-decode", "0"]
+    # Dozens of processes start at once: their imports would take all cores.
+    command += ["--data.num-workers", "1", "--bridge.reader-processes", "1"]
     if REHEARSAL:
-        command += ["--draft.num-layers", "1", "--data.eval-rows", "2", "--data.num-workers", "1"]
+        command += ["--draft.num-layers", "1", "--data.eval-rows", "2"]
     else:
         command += ["--trainer.memory-fraction", TRAINER_FRACTION, "--bridge.memory-fraction", BRIDGE_FRACTION]
     return Command("train", *command, *args, out=out)

@@ -39,7 +39,8 @@ class Trained(NamedTuple):
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("journey")
     steps = ("--max-steps", STEPS, "--save-interval", SAVED, "--eval-interval", STEPS // 2)
-    return Trained(out, gpu_runs.train(out, "journey", *steps, *DECODING).end())
+    readers = ("--bridge.reader-processes", "None")  # as many as a run has by default
+    return Trained(out, gpu_runs.train(out, "journey", *steps, *readers, *DECODING).end())
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.gpu
 def jax():
     """JAX with a run's settings."""
     from jaxdraft import runtime
+    from jaxdraft.gpu_memory import limit_gpu_memory
 
+    limit_gpu_memory(0.08)
     runtime.configure()
     import jax
 

@@ -36,7 +36,7 @@ def others(mapped):
         "transformers": gpu_runs.train(out, "transformers", *ARGUMENTS, *IN_TRANSFORMERS),
     }
     if IN_PROCESS:
-        inside = (*IN_TRANSFORMERS, "--bridge.transport", "in_process")
+        inside = (*IN_TRANSFORMERS, "--bridge.transport", "in_process", "--bridge.reader-processes", "0")
         commands["in_process"] = gpu_runs.train(out, "in_process", *ARGUMENTS, *inside)
     for command in commands.values():
         command.communicate()
