@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 GPU_PYTHON ?= trainer/bin/python
 BRIDGE_PYTHON ?= bridge/bin/python
 GPU_TEST ?= gpu
-GPU_TEST_ARGS ?= -n 5 --dist loadfile
+GPU_TEST_ARGS ?= -n 5 --dist loadfile --timeout 290
 
 .PHONY: demo test gpu-test lint setup clean
 

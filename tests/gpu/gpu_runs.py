@@ -31,9 +31,12 @@ PRECISION = ("--compute-dtype", "bfloat16", "--target.dtype", "bfloat16")
 class Command:
     """`python -m jaxdraft.NAME ...`, its output read as it comes: a full pipe would hold it up."""
 
-    def __init__(self, name: str, *args: object, out: Path):
-        """`out`: of the module's runs. Its own compilation cache makes all of them run the same programs: compiled
-        again beside other work, a product may be chosen otherwise, and sums then differ in their last bits.
+    def __init__(self, name: str, *args: object, out: Path, log: Path | None = None):
+        """
+        Args:
+          out: of the module's runs. Its own compilation cache makes all of them run the same programs: compiled again
+            beside other work, a product may be chosen otherwise, and sums then differ in their last bits.
+          log: its bridge's, shown where it ends badly.
         """
         environment = {"COLUMNS": "200"}
         if REHEARSAL:
@@ -41,7 +44,7 @@ class Command:
         else:  # of commands that take no --trainer.memory-fraction
             environment |= {"XLA_CLIENT_MEM_FRACTION": TRAINER_FRACTION, "JAX_COMPILATION_CACHE_DIR": str(out / "xla")}
             environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        self.name = name
+        self.name, self._log = name, log
         command = [sys.executable, name] if name.endswith(".py") else [sys.executable, "-m", f"jaxdraft.{name}"]
         self._process = processes.popen([*command, *args], environment)
         self.pid, self.poll = self._process.pid, self._process.poll
@@ -55,15 +58,23 @@ class Command:
 
     def communicate(self, timeout: float = LIMIT_S) -> tuple[str, None]:
         """As a `Popen`'s, so that `runs` takes a command for one."""
-        self._process.wait(timeout)
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(self._described("has not ended")) from None
         self._reader.join(10)
         return self.output, None
 
     def end(self) -> str:
         """Its output; it must end well."""
         output, _ = self.communicate()
-        assert self.poll() == 0, f"{self.name} ended with exit code {self.poll()}: {output[-4000:]}"
+        if self.poll() != 0:
+            raise AssertionError(self._described(f"ended with exit code {self.poll()}"))
         return output
+
+    def _described(self, how: str) -> str:
+        log = self._log.read_text(errors="replace") if self._log and self._log.is_file() else ""
+        return f"{self.name} {how}:\n{self.output[-4000:]}\n{log[-4000:]}"
 
 
 def train(out: Path, name: str, *args: object) -> Command:
@@ -77,7 +88,7 @@ def train(out: Path, name: str, *args: object) -> Command:
         command += ["--draft.num-layers", "1", "--data.eval-rows", "2"]
     else:
         command += ["--trainer.memory-fraction", TRAINER_FRACTION, "--bridge.memory-fraction", BRIDGE_FRACTION]
-    return Command("train", *command, *args, out=out)
+    return Command("train", *command, *args, out=out, log=out / name / "bridge.log")
 
 
 def losses(run_dir: Path, split: str = "train") -> dict[int, float]:
