@@ -20,9 +20,10 @@ from benchmarks.race.curves import Run, faults, margin, mean_and_interval, mean_
 from benchmarks.race.figure import Line, figure_svg
 from benchmarks.race.quick import write_answers, write_target
 from benchmarks.race.report import points_table, ratios, ratios_table
+from benchmarks.race.samples import anchors_per_sample
 from benchmarks.race.settings import marks_of
 from benchmarks.race.start import by_sample
-from benchmarks.race.tokens import anchors_per_sample, plan_rows
+from benchmarks.race.tokens import plan_rows
 from jaxdraft.optim import OptimConfig, learning_rate
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +54,7 @@ def test_race_quick(tmp_path):
     for name in ("race.svg", "race-training.svg"):
         xml.etree.ElementTree.parse(tmp_path / name)
 
-    # Nothing is trained or evaluated twice; other settings are refused.
+    # A limit leaves the rest to the next call. Nothing is trained or evaluated twice; other settings are refused.
     again = subprocess.run(command, timeout=300, check=False, **options)
     assert again.returncode == 0
     assert "<!-- jaxdraft-0" not in again.stdout

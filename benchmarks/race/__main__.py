@@ -1,10 +1,11 @@
 """jaxdraft's trainer and SpecForge's, raced: replayed tau over wall-clock, on one GPU.
 
     python -m benchmarks.race --target DIR --data ANSWERS.jsonl --held-out [NAME=]HELD.jsonl [..] --out DIR
-        [--steps N] [--points N] [--seeds 0,1,2] [--block-size B] [--parts ..]
+        [--steps N] [--points N] [--seeds 0,1,2] [--block-size B] [--parts ..] [--limit S]
         [--bridge-python P] [--specforge-python P] [-- options of jaxdraft.train]
 
-Parts, in this order; what is in DIR already is not done again, so that a race can be split over several calls:
+Parts, in this order; what is in DIR already is not done again, so that a race can be split over several
+calls (the same command again; exit code 3: `--limit` ended this one):
 
     variants              SpecForge's steps with each attention and capture, to choose from (not done unless asked for)
     jaxdraft, specforge   a training a seed, the trainers by turns, nothing beside them on the GPU
@@ -23,9 +24,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +36,8 @@ import jax
 
 from benchmarks.race import quick
 from benchmarks.race.report import write_report
+from benchmarks.race.samples import FILE as TOKENS
+from benchmarks.race.samples import read_samples
 from benchmarks.race.settings import (
     FILE,
     TRAINERS,
@@ -44,8 +49,6 @@ from benchmarks.race.settings import (
     times_file,
 )
 from benchmarks.race.start import write_anchors, write_starts
-from benchmarks.race.tokens import FILE as TOKENS
-from benchmarks.race.tokens import read_samples
 from benchmarks.race.trainings import ROOT, call, environment, run_jaxdraft, run_specforge, time_variants
 from benchmarks.recipe.variants import BASE
 from feature_bridge.cuda_ipc import num_gpus
@@ -55,6 +58,7 @@ from jaxdraft.config import Config
 from jaxdraft.start_draft import choose_shape
 from jaxdraft.target import open_target
 
+UNFINISHED = 3  # exit code
 PARTS = (*TRAINERS, "evaluate", "report")
 GAMMA = {16: 7, 10: 5, 8: 4}  # by block size, as published
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}  # what SpecForge's optimizer has no option for
@@ -77,6 +81,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--specforge-python", default=sys.executable, help="interpreter with torch and specforge")
     parser.add_argument("--specforge-attention", default="sdpa", choices=("sdpa", "flex_attention", "eager"))
     parser.add_argument("--specforge-capture", default="process", choices=("process", "inline"))
+    parser.add_argument("--limit", type=float, default=float("inf"), metavar="S", help="start no part after this")
     parser.add_argument("--quick", action="store_true")
     argv = list(sys.argv[1:] if argv is None else argv)
     own, fields = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
@@ -215,19 +220,31 @@ def check_objective(args: argparse.Namespace, settings: Settings) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")  # the GPU is the trainers'
-    args = parse(argv)
+    args, began = parse(argv), time.monotonic()
+
+    def is_late() -> bool:
+        if late := time.monotonic() - began > args.limit:
+            print(f"--limit {args.limit:.0f} is over; the same command goes on from here", flush=True)
+        return late
+
     check(args)
     args.out.mkdir(parents=True, exist_ok=True)
     settings, config = make_settings(args)
     prepare(args, settings, config)
     if "variants" in args.parts:
         time_variants(args.out, settings, args.specforge_python)
-    for seed in settings.seeds:
-        if "jaxdraft" in args.parts and not times_file(args.out, "jaxdraft", seed).is_file():
+    for seed, trainer in itertools.product(settings.seeds, TRAINERS):
+        if trainer not in args.parts or times_file(args.out, trainer, seed).is_file():
+            continue
+        if is_late():
+            return UNFINISHED
+        if trainer == "jaxdraft":
             run_jaxdraft(args.out, settings, seed)
-        if "specforge" in args.parts and not times_file(args.out, "specforge", seed).is_file():
+        else:
             run_specforge(args.out, seed, args.specforge_python)
     if "evaluate" in args.parts:
+        if is_late():
+            return UNFINISHED
         call(args.out, "evaluate", sys.executable, "benchmarks.race.evaluate", str(args.out))
     if "report" not in args.parts:
         return 0

@@ -27,7 +27,8 @@ RATIOS = 6  # taus at which the times are compared
 
 HOW = """Both trainers: the same target, answers, tokens and loss masks (made once by jaxdraft's bridge code), the same
 samples in each optimizer step (one packed row; SpecForge gets its samples as a padded batch), the same initial weights,
-learning rate, warm-up, clipping and number of steps. jaxdraft is `python -m jaxdraft.train`. SpecForge's own online
+learning rate, warm-up, clipping and number of steps. jaxdraft is `python -m jaxdraft.train`, its check of the first
+checkpoint left out, as SpecForge has none. SpecForge's own online
 path needs an SGLang server with its patch and a Mooncake store, neither of which its wheel brings: so its trainer loop,
 training model, sampler and optimizer are fed by a capture with transformers on the same GPU ({capture}), which has no
 server to start; attention: {attention}. Anchors a step: {anchors} in jaxdraft, over all positions of the row alike;

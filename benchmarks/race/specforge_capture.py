@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.race.samples import Samples, anchors_per_sample, read_samples
 from benchmarks.race.settings import Settings
-from benchmarks.race.tokens import Samples, anchors_per_sample, read_samples
 from feature_bridge.cpu_stand_ins import torchvision_ops
 
 AHEAD = 2  # batches
@@ -105,8 +105,7 @@ def capture_batches(settings: Settings, out: Path, seed: int) -> Iterator[Captur
 
 def _serve(settings: Settings, out: Path, seed: int, queue: Any) -> None:
     """The capturing process. Its memory has to outlive the last batch: it is ended from outside."""
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # threads of two processes that spin for the same cores slow each other down
+    _spare_cores()
     try:
         for batch in capture_batches(settings, out, seed):
             if torch.cuda.is_available():
@@ -117,6 +116,12 @@ def _serve(settings: Settings, out: Path, seed: int, queue: Any) -> None:
         queue.put(error)
         raise
     signal.pause()
+
+
+def _spare_cores() -> None:
+    """On a CPU threads of two processes that spin for the same cores slow each other down."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
 
 
 def _next(queue: Any, worker: Any) -> Any:
@@ -136,6 +141,7 @@ def open_batches(settings: Settings, out: Path, seed: int) -> Iterator[Captured]
     """
     if settings.capture == "inline":
         return capture_batches(settings, out, seed)
+    _spare_cores()
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue(AHEAD)
     worker = context.Process(target=_serve, args=(settings, out, seed, queue), daemon=True)

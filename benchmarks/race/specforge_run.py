@@ -4,10 +4,11 @@
     --variant A,C         times some steps with attention A and capture C, and keeps no draft
 
 SpecForge 0.2.0 trains online only from a separate SGLang server that carries its patch (spec-capture.patch, which its
-wheel does not have) and writes features into a Mooncake store, a service of its own. So its trainer is fed here by a
-capture beside it (`specforge_capture`). All else is SpecForge's: its draft class, its `OnlineDFlashModel` with its
-anchor sampler, its strategy, trainer core and loop, its `BF16Optimizer` (AdamW on float32 masters of bfloat16 weights,
-warm-up and cosine). It starts from jaxdraft's initial weights of the seed.
+wheel does not have) and writes features into a Mooncake store, a service of its own; offline it reads features that
+were written to disk before. So its trainer is fed here by a capture beside it (`specforge_capture`). All else is
+SpecForge's: its draft class, its `OnlineDFlashModel` with its anchor sampler, its strategy, trainer core and loop, its
+`BF16Optimizer` (AdamW on float32 masters of bfloat16 weights, warm-up and cosine). It starts from jaxdraft's initial
+weights of the seed.
 
 Where SpecForge leaves a choice, it is the faster one, or the better draft's:
 - unwrapped, as one GPU has nothing to shard (its default there is FSDP around every layer);

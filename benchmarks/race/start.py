@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
+from benchmarks.race.samples import Samples, read_samples
 from benchmarks.race.settings import Settings, start_dir
-from benchmarks.race.tokens import Samples, read_samples
 from jaxdraft.anchors import sample_row_anchors
 from jaxdraft.config import Config
 from jaxdraft.export import export_draft
