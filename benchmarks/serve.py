@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +128,30 @@ def print_equality(alone: dict[str, Any], served: dict[str, Any]) -> None:
     print(f"prompts whose length in the server is not the training sample's: {len(rows)}")
 
 
-def print_taus(served: dict[str, Any], last: dict[str, Answer], block_size: int) -> float:
-    """A line for each kind of conversation; returns the relative difference over all."""
-    rows = [row for row in served if row in last and tuple(last[row].tokens) == tuple(served[row]["tokens"])]
-    print(f"conversations whose answer is read back token for token: {len(rows)} of {len(served)}\n")
-    print(
-        "| conversations | | verify calls: server, replay | tau: server, replay | | whole answers: server, replay | |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    difference = float("nan")
+@dataclass(frozen=True, kw_only=True)
+class Taus:
+    """Some conversations in the server and in the replay, a pair each.
+
+    Attributes:
+      calls: verify calls of the answers that stop early, `early`: their tau as SGLang counts.
+      whole: tau of the whole answers, from the first token to the end of the turn.
+    """
+
+    conversations: int
+    calls: tuple[int, int]
+    early: tuple[float, float]
+    whole: tuple[float, float]
+
+
+def read_back(served: dict[str, Any], last: dict[str, Answer]) -> list[str]:
+    """Rows whose answer is the replayed one token for token."""
+    return [row for row in served if row in last and tuple(last[row].tokens) == tuple(served[row]["tokens"])]
+
+
+def taus_of(served: dict[str, Any], last: dict[str, Answer], block_size: int) -> dict[str, Taus]:
+    """For each kind of conversation that there is, and "all"."""
+    found = {}
+    rows = read_back(served, last)
     for kind in (*KINDS, "all"):
         there = [row for row in rows if kind in ("all", KINDS[min(served[row]["pictures"], 2)])]
         early = [(row, served[row]["early"]) for row in there if repeats(served[row])]
@@ -143,12 +159,30 @@ def print_taus(served: dict[str, Any], last: dict[str, Answer], block_size: int)
             continue
         calls, serving = served_tau([one for _, one in early])
         lens = [n for row, one in early for n in accepted(last[row], block_size, one["limit"])]
-        replayed = 1 + sum(lens) / len(lens)
-        own = whole_tau([served[row] for row in there])
         again = tau((len(last[row].tokens) for row in there), (len(last[row].replay(block_size)) for row in there))
+        found[kind] = Taus(
+            conversations=len(there),
+            calls=(calls, len(lens)),
+            early=(serving, 1 + sum(lens) / len(lens)),
+            whole=(whole_tau([served[row] for row in there]), again),
+        )
+    return found
+
+
+def print_taus(served: dict[str, Any], last: dict[str, Answer], block_size: int) -> float:
+    """A line for each kind of conversation; returns the relative difference over all."""
+    rows = read_back(served, last)
+    print(f"conversations whose answer is read back token for token: {len(rows)} of {len(served)}\n")
+    print(
+        "| conversations | | verify calls: server, replay | tau: server, replay | | whole answers: server, replay | |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    difference = float("nan")
+    for kind, taus in taus_of(served, last, block_size).items():
+        (calls, replayed_calls), (serving, replayed), (own, again) = taus.calls, taus.early, taus.whole
         difference = serving / replayed - 1
-        figures = f"{calls}, {len(lens)} | {serving:.3f}, {replayed:.3f} | {difference:+.2%} | {own:.3f}, {again:.3f}"
-        print(f"| {kind} | {len(there)} | {figures} | {own / again - 1:+.2%} |")
+        figures = f"{calls}, {replayed_calls} | {serving:.3f}, {replayed:.3f} | {difference:+.2%} | "
+        print(f"| {kind} | {taus.conversations} | {figures}{own:.3f}, {again:.3f} | {own / again - 1:+.2%} |")
     same = sum(served[row]["spec_verify_ct"] == len(last[row].replay(block_size)) for row in rows)
     print(f"\nthe same number of verify calls as in the replay: {same} of {len(rows)} conversations")
     return difference

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from feature_bridge import conversations, regenerate
+from feature_bridge import answers, conversations
 from feature_bridge.contracts import DataSpec
 from feature_bridge.conversations import Conversation
 from feature_bridge.processors import Processor, load_processor
@@ -128,8 +128,8 @@ def answered(prompt: Prompt, text: str, folder: Path) -> dict[str, Any]:
     """The record with this text in its last turn: the conversation that really took place."""
     old = [message for message in prompt.conversation.messages if message["role"] == "assistant"]
     texts = [*(message["content"] for message in old[:-1]), text]
-    answers = [regenerate.Answer(prompt.row, turn, text) for turn, text in enumerate(texts)]
-    record = regenerate.rewritten(prompt.record, prompt.conversation, answers, folder)
+    given = [answers.Answer(prompt.row, turn, text) for turn, text in enumerate(texts)]
+    record = answers.rewritten(prompt.record, prompt.conversation, given, folder)
     return record | {"id": str(prompt.row)}
 
 

@@ -76,8 +76,9 @@ def lossless(found: dict[str, Any]) -> str:
 def check(journey: Journey, notes: Notes) -> None:
     more = ("--name", "check")
     code = run(journey, "check", command(journey, "jaxdraft.check", *more))
-    for cells in table_rows(log_of(journey, "check").read_text(errors="replace")):
-        notes.say(cells[0], ", ".join(cell for cell in cells[1:] if cell != "-"))
+    for system, verdict, *cells in table_rows(log_of(journey, "check").read_text(errors="replace")):
+        named = zip(("logit error", "same blocks", "near ties", "accept_len"), cells, strict=False)
+        notes.say(system, ", ".join([verdict, *(f"{name} {cell}" for name, cell in named if cell != "-")]))
     if code != 0:
         notes.fail(f"jaxdraft.check ended with exit code {code}; {why(journey, 'check')}")
 

@@ -13,7 +13,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = REPOSITORY / "configs" / "tiny"
 
 STAGES = ("regenerate", "train", "evaluate", "check", "convert", "serve", "report")
-CONCURRENCIES = (1, 8, 32)
 NAME = "journey"  # of the run
 
 # --- the server -------------------------------------------------------------------------------------------------------
@@ -34,7 +33,8 @@ SERVER: Flags = {
 }
 PICTURES: Flags = {"--mm-attention-backend": "triton_attn", "--enable-multimodal": None}
 REGENERATE: Flags = {"--max-running-requests": "512", "--max-total-tokens": "400000"}
-SERVE: Flags = {"--max-running-requests": "32", "--max-total-tokens": "65536"}
+# Every round computes the same, whatever was asked before it.
+SERVE: Flags = {"--max-running-requests": "32", "--max-total-tokens": "65536", "--disable-radix-cache": None}
 
 # --- the targets ------------------------------------------------------------------------------------------------------
 
@@ -51,7 +51,7 @@ class Target:
       regenerate: flags of the server that answers, besides SERVER and REGENERATE.
       max_tokens: of an answer.
       concurrency: requests at a time of `jaxdraft.regenerate`.
-      served: conversations that are served at each of CONCURRENCIES.
+      served: conversations that are served at each concurrency.
       needs_gib: of GPU memory that is free.
     """
 
@@ -123,6 +123,7 @@ class Journey:
       kit: the folder of `benchmarks.journey.kit`; only of the real target.
       data: answers made earlier, in place of the prompts'.
       earlier: held-out answers made earlier, by the name of their set.
+      concurrency: requests at a time of the stage serve, by commas.
       fields: the user's own options of the config.
       server_args: the user's own flags of SGLang's server.
     """
@@ -139,6 +140,7 @@ class Journey:
     data: tuple[Path, ...]
     earlier: Mapping[str, Path]
     block_size: int
+    concurrency: str
     trainer_fraction: float
     bridge_fraction: float
     seed: int
@@ -224,6 +226,9 @@ def parse(argv: Sequence[str] | None, doc: str) -> Journey:
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="answers made earlier (.jsonl, .jsonl.gz)")
     parser.add_argument("--held-out", nargs="+", default=[], metavar="SET=FILE", help="held-out answers made earlier")
     parser.add_argument("--block-size", type=int, default=8, help="of the real target's draft; default: 8")
+    parser.add_argument(
+        "--concurrency", default="1,8,32", help="requests at a time of the stage serve; default: 1,8,32"
+    )
     parser.add_argument("--trainer-fraction", type=float, default=0.6, help="of the GPU's memory, while it trains")
     parser.add_argument("--bridge-fraction", type=float, default=0.3, help="of the GPU's memory, while it trains")
     parser.add_argument("--seed", type=int, default=0, help="of the step at which the trainer is killed")
@@ -254,6 +259,7 @@ def parse(argv: Sequence[str] | None, doc: str) -> Journey:
         data=tuple(args.data),
         earlier={name: Path(file) for name, file in earlier.items()},
         block_size=args.block_size,
+        concurrency=args.concurrency,
         trainer_fraction=args.trainer_fraction,
         bridge_fraction=args.bridge_fraction,
         seed=args.seed,

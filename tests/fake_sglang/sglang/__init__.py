@@ -15,6 +15,8 @@ from feature_bridge.sources import open_source
 from feature_bridge.targets.huggingface import HuggingFaceTarget
 from feature_bridge.torch_draft import TorchDraft
 
+LONGEST = 160  # tokens of an answer
+
 
 class Engine:
     """Knows the conversations of the data file on the program's command line, by their prompts."""
@@ -30,7 +32,7 @@ class Engine:
         self._processor = load_processor(model_path)
         source = open_source(sys.argv[2], "data")
         spec = DataSpec(train_path=None, max_length=1000, min_supervised=1)
-        self._samples = {}
+        self._samples, self._known = {}, {}
         for row in range(len(source)):
             sample = make_sample(source.read(row), source.where(row), source.folder, self._processor, spec)
             self._samples[self._as_text(sample.tokens[: sample.last_answer[0]])] = sample
@@ -44,15 +46,20 @@ class Engine:
     async def async_generate(self, *, prompt, image_data, sampling_params, return_logprob=False, top_logprobs_num=0):
         sample = self._samples[prompt]
         assert list(sample.images) == (image_data or [])
-        request, limit = prompt_of(sample, self._processor), sampling_params["max_new_tokens"]
+        if prompt not in self._known:
+            self._known[prompt] = self._decode(prompt_of(sample, self._processor))
+        return self._answer(*self._known[prompt], sampling_params["max_new_tokens"])
+
+    def _decode(self, request):
+        """The whole answer, once: a shorter one is its beginning."""
         stop = self._processor.eos_token_ids
         if self._draft is None:
-            return self._answer(greedy(self._target, [request], stop, limit)[0], (), request, limit)
+            return greedy(self._target, [request], stop, LONGEST)[0], (), request
         propose = draft_proposer(self._draft, self._target)
         # SGLang counts a last block whole: so decode beyond the limit, and stop where it does.
-        longer = limit + self._draft.shape.block_size
+        longer = LONGEST + self._draft.shape.block_size
         (generated,) = speculate(self._target, propose, [request], stop, longer)
-        return self._answer(generated.tokens, generated.accept_lens, request, limit)
+        return generated.tokens, generated.accept_lens, request
 
     def _answer(self, tokens, accept_lens, prompt, limit):
         meta = {"prompt_tokens": len(prompt.tokens)}
