@@ -25,11 +25,13 @@ CASES = {
     ),
     "float32 draft of a bfloat16 target": ("--compute-dtype", "float32", *DECODED),
     "bfloat16 draft, float32 slots": ("--bridge.feature-dtype", "float32"),
+    "head in 8 bits": ("--loss.head-dtype", "float8_e4m3fn"),
 }
 HEADS = {
     "all float32": "mapped from the bridge",
     "float32 draft of a bfloat16 target": "embedding is bfloat16 and compute_dtype is float32",
     "bfloat16 draft, float32 slots": "mapped from the bridge",
+    "head in 8 bits": "mapped from the bridge",
 }
 
 
