@@ -193,6 +193,8 @@ def summarise(result: EvalResult, decoded: DecodeResult | None) -> dict[str, Any
             "tau_decoded": decoded.tau,
             "tau_decoded_mean": decoded.mean_tau,
             "num_decoded": len(decoded.samples),
+            # Of each conversation: tokens after its first, and verify calls.
+            "decoded": [(max(0, len(s.tokens) - 1), len(s.accept_lens)) for s in decoded.samples],
             "lossless": decoded.lossless,
             "near_ties": decoded.near_ties,
             "replay_compared": same.compared,

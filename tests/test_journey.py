@@ -15,6 +15,7 @@ import pytest
 from benchmarks.journey import answers, drafts, inputs, kit, report, serving, settings, stand_in, training
 from benchmarks.journey.notes import Notes, StageError, load, save
 from benchmarks.journey.serve_compare import compare_texts, difference, tie_of
+from jaxdraft.cli import parse_args
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,6 +131,40 @@ def test_flags_of_the_server():
     assert flags[-3:] == ["--mem-fraction-static", "0.4", "--enable-metrics"]  # the user's last: it counts
     assert "--enable-multimodal" not in flags
     assert "--enable-multimodal" in settings.server_flags(settings.parse([], ""), settings.SERVE)
+
+
+@pytest.mark.parametrize("words", [(), ("--quick",), ("--target", "real", "--kit", "k", "--block-size", "16")])
+def test_every_command_line_is_one_of_the_trainers(tmp_path, words):
+    """The user's own fields come last, and count."""
+    whole = journey(*words, "--", "--epochs", "2", "--bridge.restarts", "1", out=tmp_path)
+    config = parse_args(["--config", whole.target.config, *whole.config_fields])
+    assert config.run_dir == whole.run_dir
+    assert (config.epochs, config.bridge.restarts) == (2, 1)
+    assert config.data.eval_path == str(whole.held_out(whole.target.held_out[0]))
+    if words != ("--quick",):
+        assert (config.trainer.memory_fraction, config.bridge.memory_fraction) == (0.6, 0.3)
+        assert (config.bridge.transport, config.target.backend) == ("cuda_ipc", "sglang")
+    if "real" in words:
+        assert (config.draft.block_size, config.draft.mask_token_id, config.loss.gamma) == (16, 4, "auto")
+
+
+def test_sglang_knows_the_flags():
+    """The installed version's own parser, in a process of its own."""
+    program = """
+import argparse, sys
+from feature_bridge import cpu_stand_ins
+cpu_stand_ins.install_before_sglang()
+from sglang.srt.server_args import ServerArgs
+parser = argparse.ArgumentParser(allow_abbrev=False)
+ServerArgs.add_cli_args(parser)
+parser.parse_args(sys.argv[1:])
+"""
+    whole = settings.parse([], "")
+    more = settings.REGENERATE | settings.TARGETS["real"].regenerate | settings.SERVE
+    flags = settings.server_flags(whole, more | settings.speculative(Path("draft")))
+    command = [sys.executable, "-c", program, "--model-path", "m", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # --- reports and refusals ---------------------------------------------------------------------------------------------

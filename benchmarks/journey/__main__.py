@@ -16,6 +16,7 @@ from what is there, so that a time limit loses nothing.
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 import tempfile
 import time
@@ -26,7 +27,7 @@ from pathlib import Path
 
 from benchmarks.journey import answers, drafts, report, serving, training
 from benchmarks.journey.inputs import check_inputs, describe_machine
-from benchmarks.journey.notes import Notes, StageError, save
+from benchmarks.journey.notes import Notes, StageError, end_all_at, save
 from benchmarks.journey.settings import Journey, parse
 from jaxdraft.cli import run_command
 
@@ -66,6 +67,8 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     journey = dataclasses.replace(journey, out=out.resolve())
     check_inputs(journey)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        end_all_at(number)
     print(f"{describe_machine(journey)}\n\n| stage | what | measured |\n|---|---|---|", flush=True)
     faults: list[str] = []
     for names in groups([stage for stage in journey.stages if stage in RUN]):

@@ -34,7 +34,7 @@ def regenerate(journey: Journey, notes: Notes) -> None:
         for name in missing:
             ask(journey, notes, name, prompts[name], urls)
     if journey.name == "embedded" and "train" in missing:
-        complete_embedded(journey.train_data, prompts["train"])
+        complete_embedded(journey, prompts["train"])
 
 
 def sets_of(journey: Journey) -> list[str]:
@@ -53,7 +53,9 @@ def take_earlier(journey: Journey) -> None:
 
 def ask(journey: Journey, notes: Notes, name: str, prompts: Path, urls: Sequence[str]) -> None:
     """`python -m jaxdraft.regenerate` for one set. Raises StageError: it failed."""
-    output = journey.held_out(name)
+    output = output_of(journey, name)
+    if output.is_file():
+        return
     known = count_lines(output.with_name(f"{output.name}.journal"))
     command = [sys.executable, "-m", "jaxdraft.regenerate", "--python", journey.bridge_python]
     command += ["--data", prompts, "--output", output, "--max-tokens", journey.target.max_tokens]
@@ -94,7 +96,7 @@ def kit_file(kit: Path, name: str) -> Path:
     return packed if packed.is_file() else kit / f"{name}.jsonl"
 
 
-def embedded_prompts(name: str, number: int | None) -> Iterable[str]:
+def embedded_prompts(name: str, number: int | None) -> list[str]:
     """Embedded conversations: the first ones to train on, or those held out that have pictures, or that have none."""
     lines = [line.replace("pictures/", f"{TINY}/pictures/") for line in read_lines(embedded_file(name))]
     if name != "train":
@@ -106,11 +108,16 @@ def embedded_file(name: str) -> Path:
     return TINY / ("train.jsonl" if name == "train" else "eval.jsonl")
 
 
-def complete_embedded(answers: Path, prompts: Path) -> None:
-    """Appends the embedded conversations that were not answered again."""
-    again = count_lines(prompts)
-    rest = embedded_prompts("train", None)[again:]
-    write_whole(answers, [*read_lines(answers), *rest])
+def output_of(journey: Journey, name: str) -> Path:
+    """Where a set's answers go: of the embedded conversations to train on, only some are answered again."""
+    return journey.held_out("again" if (journey.name, name) == ("embedded", "train") else name)
+
+
+def complete_embedded(journey: Journey, prompts: Path) -> None:
+    """What was answered again, and the other embedded conversations as they are."""
+    number = count_lines(prompts)
+    rest = embedded_prompts("train", 2 * number if journey.quick else None)[number:]
+    write_whole(journey.train_data, [*read_lines(output_of(journey, "train")), *rest])
 
 
 # --- files of lines ---------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -17,6 +18,7 @@ from benchmarks.journey.settings import REPOSITORY, Journey
 from feature_bridge.logs import quote_file
 
 _lock = threading.Lock()  # stages may run side by side
+_started: list[subprocess.Popen] = []
 
 
 class StageError(Exception):
@@ -84,25 +86,27 @@ def environment(journey: Journey) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | journey.environment
 
 
-def start(journey: Journey, name: str, command: Sequence[str], *, append: bool = False) -> subprocess.Popen:
-    """A program of its own session, all it says in OUT/logs/NAME.log."""
+def start(journey: Journey, name: str, command: Sequence[Any], **env: str) -> subprocess.Popen:
+    """A program of its own session, with `env` besides the environment; all it says is in OUT/logs/NAME.log."""
     log = log_of(journey, name)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a" if append else "w") as file:
-        return subprocess.Popen(
+    with log.open("w") as file:
+        process = subprocess.Popen(
             list(map(str, command)),
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=environment(journey),
+            env=environment(journey) | env,
             cwd=REPOSITORY,
             start_new_session=True,
         )
+    _started.append(process)
+    return process
 
 
-def run(journey: Journey, name: str, command: Sequence[str]) -> int:
-    """Runs a program to its end; its exit code. It ends with this process, however that does."""
-    process = start(journey, name, command)
+def run(journey: Journey, name: str, command: Sequence[Any], **env: str) -> int:
+    """Runs a program to its end; its exit code."""
+    process = start(journey, name, command, **env)
     try:
         return process.wait()
     finally:
@@ -118,10 +122,23 @@ def why(journey: Journey, name: str) -> str:
     return quote_file(log_of(journey, name))
 
 
+def end_all_at(number: signal.Signals) -> None:
+    """Lets a signal end this process and all that it started: they have sessions of their own, and would live on."""
+
+    def end(*_: object) -> None:
+        for process in _started:
+            end_tree(process)
+        os._exit(128 + number)
+
+    signal.signal(number, end)
+
+
 def end_tree(process: subprocess.Popen) -> None:
     """Kills a program and all that it started."""
     import psutil
 
+    if process.poll() is not None:  # its number may be another one's by now
+        return
     found = []
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(process.pid)
@@ -129,4 +146,5 @@ def end_tree(process: subprocess.Popen) -> None:
     for one in found:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # another thread may wait for it as well
+        process.wait(timeout=10)

@@ -87,5 +87,5 @@ def free_ports(number: int) -> list[int]:
                 port += 37
                 continue
         ports.append(port)
-        port += 1000
+        port += 2000
     return ports

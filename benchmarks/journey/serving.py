@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.journey.notes import Notes, StageError, run, why
 from benchmarks.journey.serve_compare import compare_texts, speed
 from benchmarks.journey.server import Server, servers
-from benchmarks.journey.settings import SERVE, Journey
+from benchmarks.journey.settings import SERVE, Journey, speculative
 
 GOAL = 0.03  # between tau of the server and of the replay
 
@@ -25,8 +25,7 @@ def serve(journey: Journey, notes: Notes) -> None:
         return
     out = journey.out / "serve"
     out.mkdir(exist_ok=True)
-    speculative = {"--speculative-algorithm": "DFLASH", "--speculative-draft-model-path": str(journey.draft)}
-    with servers(journey, [("alone", SERVE), ("draft", SERVE | speculative)]) as (alone, draft):
+    with servers(journey, [("alone", SERVE), ("draft", SERVE | speculative(journey.draft))]) as (alone, draft):
         notes.say("servers up after", f"{alone.wait():.0f} s alone, {draft.wait():.0f} s with the draft")
         with draft.stopped():
             ask(journey, alone, out)

@@ -36,6 +36,11 @@ REGENERATE: Flags = {"--max-running-requests": "512", "--max-total-tokens": "400
 # Every round computes the same, whatever was asked before it.
 SERVE: Flags = {"--max-running-requests": "32", "--max-total-tokens": "65536", "--disable-radix-cache": None}
 
+
+def speculative(draft: Path) -> Flags:
+    return {"--speculative-algorithm": "DFLASH", "--speculative-draft-model-path": str(draft)}
+
+
 # --- the targets ------------------------------------------------------------------------------------------------------
 
 
@@ -85,8 +90,8 @@ TARGETS = {
         fields=(),
         held_out=("sharegpt", "humaneval"),
         pictures=False,
-        # As `python -m jaxdraft.regenerate --help` advises.
-        regenerate={"--tokenizer-worker-num": "8", "--cuda-graph-max-bs-decode": "512"},
+        # See `python -m jaxdraft.regenerate --help`.
+        regenerate={"--tokenizer-worker-num": "4", "--cuda-graph-max-bs-decode": "512"},
         max_tokens=320,
         concurrency=1024,
         served=64,

@@ -4,7 +4,6 @@ Every id of its vocabulary is in use; 4 (<reponame>) occurs in no conversation.
 """
 
 from jaxdraft.config import BridgeConfig, Config, DataConfig, DraftOptions, TargetConfig
-from jaxdraft.losses import LossConfig
 from jaxdraft.optim import OptimConfig
 
 
@@ -14,7 +13,6 @@ def get_config() -> Config:
         target=TargetConfig(path="kit/model", backend="sglang"),
         data=DataConfig(train_path=None, row_tokens=4096),
         draft=DraftOptions(num_layers=5, block_size=8, mask_token_id=4),
-        loss=LossConfig(kind="dflash", gamma=4.0),
         optim=OptimConfig(learning_rate=1e-3, warmup_ratio=0.04, clip_norm=1.0),
         bridge=BridgeConfig(transport="cuda_ipc", num_slots=3),
         epochs=6,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks.bridge_run import gpu_in_use
@@ -24,13 +25,13 @@ Losses = dict[int, float]
 
 def train(journey: Journey, notes: Notes) -> None:
     command = [sys.executable, "-m", "jaxdraft.train", "--config", journey.target.config, *journey.config_fields]
-    losses: Losses = {}
-    if not (journey.run_dir / "summary.json").is_file() and not checkpoints(journey.run_dir):
+    known = journey.out / "killed.json"
+    if not known.is_file():
+        shutil.rmtree(journey.run_dir, ignore_errors=True)  # of a stage that was ended before the kill
         losses = killed(journey, notes, command)
-        (journey.out / "killed.json").write_text(json.dumps(losses))
-    elif (earlier := journey.out / "killed.json").is_file():  # the stage was ended before the run was
-        losses = {int(step): loss for step, loss in json.loads(earlier.read_text()).items()}
-    first = max(checkpoints(journey.run_dir), default=0) + 1
+        first = max(checkpoints(journey.run_dir)) + 1
+        known.write_text(json.dumps({"first": first, "losses": losses}))
+    first, losses = read_killed(known)
     with timed(notes, "the same command again"):
         process = start(journey, "train-again", command)
         try:
@@ -42,14 +43,13 @@ def train(journey: Journey, notes: Notes) -> None:
     log = log_of(journey, "train-again").read_text(errors="replace")
     resumed = re.search(r"resuming from step (\d+)", log)
     again = read_losses(journey.run_dir / "metrics.jsonl")
-    if losses:
-        notes.require(resumed is not None, "resumed", resumed[0] if resumed else "it began anew")
-        same, differing = compare(losses, again, first)
-        notes.require(
-            bool(same) and not differing,
-            "losses of the steps that were trained twice",
-            f"{len(same)} equal to the last bit, {len(differing)} differ" + (f": {differing[:5]}" if differing else ""),
-        )
+    notes.require(resumed is not None, "resumed", resumed[0] if resumed else "it began anew")
+    same, differing = compare(losses, again, first)
+    notes.require(
+        bool(same) and not differing,
+        "losses of the steps that were trained twice",
+        f"{len(same)} equal to the last bit, {len(differing)} differ" + (f": {differing[:5]}" if differing else ""),
+    )
     summary = json.loads((journey.run_dir / "summary.json").read_text())
     steps = [step for step in range(1, summary["steps"] + 1) if step not in again]
     notes.require(not steps, "steps in metrics.jsonl", f"{len(again):,} of {summary['steps']:,}")
@@ -71,7 +71,7 @@ def killed(journey: Journey, notes: Notes, command: list[str]) -> Losses:
     process = start(journey, "train-killed", command)
     try:
         steps = wait_for_plan(journey, process)
-        kill = choose_step(steps, save_interval(command, journey), journey.seed)
+        kill = choose_step(steps, save_interval(journey), journey.seed)
         wait_for(journey, process, lambda: checkpoints(journey.run_dir) and last_step(journey.run_dir) >= kill)
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
@@ -95,6 +95,12 @@ def killed(journey: Journey, notes: Notes, command: list[str]) -> Losses:
     return losses
 
 
+def read_killed(file: Path) -> tuple[int, Losses]:
+    """The first step that was to be trained again, and the losses that the killed trainer had written."""
+    known = json.loads(file.read_text())
+    return known["first"], {int(step): loss for step, loss in known["losses"].items()}
+
+
 def choose_step(steps: int, interval: int, seed: int) -> int:
     """A random step to kill the trainer at: within SHARE of the run, and after its first checkpoint.
 
@@ -107,7 +113,7 @@ def choose_step(steps: int, interval: int, seed: int) -> int:
     return random.Random(seed).randint(low, high)
 
 
-def save_interval(command: list[str], journey: Journey) -> int:
+def save_interval(journey: Journey) -> int:
     """Of the run's config, which it writes down before it starts its bridge."""
     return json.loads((journey.run_dir / "config.json").read_text())["save_interval"]
 
@@ -139,7 +145,7 @@ def wait_for_plan(journey: Journey, process: subprocess.Popen) -> int:
     return int(found[0].replace(",", ""))
 
 
-def wait_for(journey: Journey, process: subprocess.Popen, condition) -> None:
+def wait_for(journey: Journey, process: subprocess.Popen, condition: Callable[[], object]) -> None:
     while not condition():
         if (code := process.poll()) is not None:
             raise StageError(f"training ended with exit code {code}; {why(journey, 'train-killed')}")

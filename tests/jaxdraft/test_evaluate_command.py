@@ -64,6 +64,7 @@ def test_evaluate(config, directory):
     assert summary["calibration"]["decoded_over_replay"] == 1.0
     for name in ("tau_teacher_forced", "tau_replay", "tau_decoded"):
         assert 1 <= summary[name] < 1.5  # an untrained draft
+    assert sum(t for t, _ in summary["decoded"]) / sum(c for _, c in summary["decoded"]) == summary["tau_decoded"]
     assert len(summary["slot_acceptance"]) == config.draft.block_size - 1
     whole = summary["tau_table"][0]
     assert (whole["kind"], whole["tau"]) == ("all", pytest.approx(summary["tau_replay"]))
