@@ -261,9 +261,14 @@ def test_a_quick_journey(tmp_path, monkeypatch):
     assert "no DFLASH on a CPU" in lines["serve", "left out"]
     assert "| all | " in result.stdout
 
-    # A stage by itself, on what is there.
-    again = subprocess.run([*command, "--stages", "convert"], cwd=ROOT, capture_output=True, text=True, check=False)
+    # Stages by themselves, on what is there: nothing is asked again, and what was measured stays.
+    command += ["--stages", "regenerate,convert,report"]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
+    lines = {(stage, what): measured for stage, one in load(out).items() for what, measured in one["lines"]}
+    assert lines["regenerate", "answers"] == "all are there"
+    assert lines["regenerate", "train: kept"] == "13 answers of 12 conversations, 0 cut off, 0 left out"
+    assert "| train | SIGKILL |" in again.stdout
 
     serve_with_a_stand_in(out, tmp_path, monkeypatch)
 

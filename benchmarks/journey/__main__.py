@@ -21,8 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from benchmarks.journey import answers, drafts, report, serving, training
@@ -31,7 +30,7 @@ from benchmarks.journey.notes import Notes, StageError, end_all_at, save
 from benchmarks.journey.settings import Journey, parse
 from jaxdraft.cli import run_command
 
-RUN: dict[str, Callable[[Journey, Notes], None]] = {
+RUN: dict[str, Callable[..., None]] = {
     "regenerate": answers.regenerate,
     "train": training.train,
     "evaluate": drafts.evaluate,
@@ -39,13 +38,14 @@ RUN: dict[str, Callable[[Journey, Notes], None]] = {
     "convert": drafts.convert,
     "serve": serving.serve,
 }
+ONE_BY_ONE = ("regenerate", "train")  # the others need a draft, and share the GPU
 
 
-def run_stage(journey: Journey, name: str) -> Notes:
+def run_stage(journey: Journey, name: str, *more: Callable[[], object]) -> Notes:
     """A stage from its first line to its last, whatever happens in it."""
     notes, began = Notes(name), time.monotonic()
     try:
-        RUN[name](journey, notes)
+        RUN[name](journey, notes, *more)
     except StageError as error:
         notes.fail(str(error))
     except Exception as error:  # the stages after it may still say something
@@ -56,9 +56,27 @@ def run_stage(journey: Journey, name: str) -> Notes:
     return notes
 
 
-def groups(stages: Sequence[str]) -> list[list[str]]:
-    """Stages that run at the same time."""
-    return [list(some) for _, some in groupby(stages, lambda s: "drafts" if drafts.side_by_side([s]) else s)]
+def run_side_by_side(journey: Journey, names: Sequence[str]) -> list[Notes]:
+    """What is done with a draft, at the same time; a server is measured once it has the GPU for itself."""
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(run_stage, journey, name) for name in names if name != "serve"]
+        served = [run_stage(journey, "serve", lambda: wait(jobs))] if "serve" in names else []
+        return [job.result() for job in jobs] + served
+
+
+def run_all(journey: Journey) -> list[str]:
+    """Every stage; what did not go well. One that needs what another could not make is not run."""
+    notes: list[Notes] = []
+    chosen = [name for name in journey.stages if name in RUN]
+    for name in filter(ONE_BY_ONE.__contains__, chosen):
+        notes.append(run_stage(journey, name))
+        if notes[-1].failed:
+            return faults_of(notes)
+    return faults_of([*notes, *run_side_by_side(journey, [name for name in chosen if name not in ONE_BY_ONE])])
+
+
+def faults_of(notes: Sequence[Notes]) -> list[str]:
+    return [f"{one.stage}: {fault}" for one in notes for fault in one.faults]
 
 
 def main() -> int:
@@ -70,15 +88,10 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         end_all_at(number)
     print(f"{describe_machine(journey)}\n\n| stage | what | measured |\n|---|---|---|", flush=True)
-    faults: list[str] = []
-    for names in groups([stage for stage in journey.stages if stage in RUN]):
-        with ThreadPoolExecutor(len(names)) as pool:
-            notes = list(pool.map(lambda name: run_stage(journey, name), names))
-        faults += [f"{one.stage}: {fault}" for one in notes for fault in one.faults]
-        if "train" in names and faults:
-            break  # nothing after it would be about a draft
+    faults = run_all(journey)
     if "report" in journey.stages:
         print(f"\n{report.table(journey)}", flush=True)
+        faults = report.faults(journey)  # of earlier calls as well
     for fault in faults:
         print(f"did not end well: {fault}", file=sys.stderr)
     return int(bool(faults))

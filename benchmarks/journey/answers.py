@@ -22,6 +22,9 @@ def regenerate(journey: Journey, notes: Notes) -> None:
     missing = [name for name in sets_of(journey) if not journey.held_out(name).is_file()]
     if journey.data:
         notes.say("answers to train on", f"{count_lines(journey.train_data):,}, made earlier")
+    for name in sets_of(journey):
+        if name not in missing and (earlier := measured_of(journey, name)).is_file():
+            notes.again(json.loads(earlier.read_text()))
     if not missing:
         notes.say("answers", "all are there")
         return
@@ -56,6 +59,7 @@ def ask(journey: Journey, notes: Notes, name: str, prompts: Path, urls: Sequence
     output = output_of(journey, name)
     if output.is_file():
         return
+    own = Notes(notes.stage)
     known = count_lines(output.with_name(f"{output.name}.journal"))
     command = [sys.executable, "-m", "jaxdraft.regenerate", "--python", journey.bridge_python]
     command += ["--data", prompts, "--output", output, "--max-tokens", journey.target.max_tokens]
@@ -68,9 +72,15 @@ def ask(journey: Journey, notes: Notes, name: str, prompts: Path, urls: Sequence
     counts = json.loads(log_of(journey, f"regenerate-{name}").read_text().splitlines()[-1])
     asked = counts["answers"] + counts["cut_off"] - max(0, known - 1)  # a journal has a first line of its own
     kept = f"{counts['answers']:,} answers of {counts['conversations']:,} conversations"
-    notes.say(f"{name}: kept", f"{kept}, {counts['cut_off']:,} cut off, {counts['skipped']:,} left out")
-    notes.say(f"{name}: answers/s", f"{asked / seconds:.0f} ({asked:,} in {seconds:.0f} s, its start included)")
-    notes.figures[f"{name} answers/s"] = asked / seconds
+    own.say(f"{name}: kept", f"{kept}, {counts['cut_off']:,} cut off, {counts['skipped']:,} left out")
+    own.say(f"{name}: answers/s", f"{asked / seconds:.0f} ({asked:,} in {seconds:.0f} s, its start included)")
+    measured_of(journey, name).write_text(json.dumps(own.found()))
+    notes.lines += own.lines
+
+
+def measured_of(journey: Journey, name: str) -> Path:
+    """What was measured while a set was answered."""
+    return journey.out / "answers" / f"{name}.measured.json"
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ class Notes:
     figures: dict[str, Any] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    failed: bool = False  # before its end
 
     def say(self, what: str, measured: Any) -> None:
         self.lines.append((what, str(measured)))
@@ -51,7 +52,19 @@ class Notes:
         if not good:
             self.faults.append(f"{what}: {measured}")
 
+    def again(self, earlier: dict[str, Any]) -> None:
+        """What was found by a call before this one, which is not done anew."""
+        for what, measured in earlier["lines"]:
+            self.say(what, measured)
+        self.faults += earlier["faults"]
+
+    def found(self) -> dict[str, Any]:
+        """For `again`."""
+        return {"lines": list(self.lines), "faults": list(self.faults)}
+
     def fail(self, sentence: str) -> None:
+        """The stage cannot go on."""
+        self.failed = True
         self.require(False, "failed", sentence)
 
 

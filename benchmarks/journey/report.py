@@ -12,6 +12,10 @@ def table(journey: Journey) -> str:
     return table_of(load(journey.out), [stage for stage in STAGES if stage != "report"])
 
 
+def faults(journey: Journey) -> list[str]:
+    return [f"{stage}: {fault}" for stage, one in load(journey.out).items() for fault in one["faults"]]
+
+
 def table_of(found: dict[str, dict[str, Any]], stages: list[str]) -> str:
     """Every line of every stage in their order; a stage that was not run says so."""
     lines = ["| stage | what | measured |", "|---|---|---|"]

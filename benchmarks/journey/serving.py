@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from benchmarks.journey.settings import SERVE, Journey, speculative
 GOAL = 0.03  # between tau of the server and of the replay
 
 
-def serve(journey: Journey, notes: Notes) -> None:
+def serve(journey: Journey, notes: Notes, wait: Callable[[], object] = lambda: None) -> None:
+    """`wait` returns once nothing else uses the GPU: servers are started before, and measured after that."""
     if journey.quick:
         notes.say("left out", "SGLang has no DFLASH on a CPU: its server ends at `--speculative-algorithm DFLASH`")
         return
@@ -27,6 +28,7 @@ def serve(journey: Journey, notes: Notes) -> None:
     out.mkdir(exist_ok=True)
     with servers(journey, [("alone", SERVE), ("draft", SERVE | speculative(journey.draft))]) as (alone, draft):
         notes.say("servers up after", f"{alone.wait():.0f} s alone, {draft.wait():.0f} s with the draft")
+        wait()
         with draft.stopped():
             ask(journey, alone, out)
         with alone.stopped():

@@ -30,7 +30,9 @@ def train(journey: Journey, notes: Notes) -> None:
         shutil.rmtree(journey.run_dir, ignore_errors=True)  # of a stage that was ended before the kill
         losses = killed(journey, notes, command)
         first = max(checkpoints(journey.run_dir)) + 1
-        known.write_text(json.dumps({"first": first, "losses": losses}))
+        known.write_text(json.dumps({"first": first, "losses": losses, "found": notes.found()}))
+    else:
+        notes.again(json.loads(known.read_text())["found"])
     first, losses = read_killed(known)
     with timed(notes, "the same command again"):
         process = start(journey, "train-again", command)
