@@ -167,11 +167,14 @@ def dpace_weights(
     prefix = jnp.cumprod(smooth, axis=-1)
     if kind == "dpace-cumulative-confidence-only":
         return prefix
-    suffix = jnp.cumsum((prefix * supervised)[..., ::-1], axis=-1)[..., ::-1]
     if kind == "dpace":
-        return suffix
+        return jnp.cumsum((prefix * supervised)[..., ::-1], axis=-1)[..., ::-1]
     assert kind == "dpace-continuation-value-only", kind
-    return suffix / jnp.maximum(prefix, jnp.finfo(prefix.dtype).tiny)
+    # suffix / prefix without the division: prefix is too small for a float after a few improbable labels.
+    values = [supervised[..., -1].astype(prefix.dtype)]
+    for k in reversed(range(smooth.shape[-1] - 1)):
+        values.append(supervised[..., k] + smooth[..., k + 1] * values[-1])
+    return jnp.stack(values[::-1], axis=-1)
 
 
 def accept_lengths(hits: Bool[Array, "*batch k"]) -> Int[Array, "*batch"]:

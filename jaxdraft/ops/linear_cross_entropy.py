@@ -68,7 +68,8 @@ def linear_cross_entropy(
 
     Returns:
       (nll float32, predicted int32). Products accumulate, and log-sum-exp and nll are computed, in float32.
-      Differentiable in `hidden` only.
+      Differentiable in `hidden` only. Of equal logits the lowest id is predicted, as engines do, whose logits are
+      those of one product in the dtype of `hidden` (SGLang and z-lab: torch.argmax).
 
     Raises:
       ValueError: unknown head_dtype.
@@ -252,18 +253,22 @@ def _chunk(hidden, labels, head, *, product: _Products, options: _Options, with_
         flat = raw.reshape(-1, raw.shape[-1]), raw_scale.ravel(), labels.ravel(), exact.ravel()
         outputs = softmax_weights(*flat, weights_dtype=product.weights_dtype if with_gradient else None)
         weights, scale, lse, predicted = (x if x is None else x.reshape(*labels.shape, *x.shape[1:]) for x in outputs)
+        nll = lse - exact
     else:
         token_ids = jnp.arange(head.shape[0])
         is_label = token_ids == labels[..., None]
         logits = raw.astype(jnp.float32) if raw_scale is None else raw.astype(jnp.float32) * raw_scale[..., None]
-        logits = jnp.where(is_label, exact[..., None], transform(logits))
+        logits = transform(logits)
+        # Among the logits of one product: the label's own, from another one, would break a tie by its rounding.
+        highest = logits == jnp.max(logits, axis=-1, keepdims=True)
+        predicted = jnp.min(jnp.where(highest, token_ids, head.shape[0]), axis=-1).astype(jnp.int32)
+        logits = jnp.where(is_label, exact[..., None], logits)
         peak = jnp.max(logits, axis=-1, keepdims=True)
-        total = jnp.sum(jnp.exp(logits - peak), axis=-1)
-        lse, largest = peak[..., 0] + jnp.log(total), 2.0**NARROW_PEAK if options.head_dtype else 1.0
+        total, largest = jnp.sum(jnp.exp(logits - peak), axis=-1), 2.0**NARROW_PEAK if options.head_dtype else 1.0
+        # Not log-sum-exp minus logit: beside a large logit a confident label's nll would be rounded away.
+        nll = jnp.log(total) - (exact - peak[..., 0])
         scale = 1.0 / (total * largest)
-        predicted = jnp.min(jnp.where(logits == peak, token_ids, head.shape[0]), axis=-1).astype(jnp.int32)
         weights = jnp.where(is_label, 0.0, jnp.exp(logits - peak) * slope(logits) * largest)
-    nll = lse - exact
     if not with_gradient:
         return nll, predicted
     # The label's own column apart from the others, so that 1 - p keeps its resolution where p is almost 1.

@@ -121,6 +121,41 @@ def test_a_confident_label_keeps_its_resolution_in_bfloat16():
     np.testing.assert_array_equal(predicted, labels)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_very_confident_labels_nll_is_not_rounded_to_its_logits(dtype):
+    """Against float64; the label's logit is 100 to 300, where float32 has steps of 8e-6 to 3e-5."""
+    hidden, head, labels, _ = random_inputs(7, 1, 9, 60, 64, dtype)
+    labels = jnp.arange(9)[None]
+    head = (0.2 * head).at[labels[0]].set(hidden[0] * jnp.linspace(0.4, 1.2, 9, dtype=dtype)[:, None])
+    wide = [np.asarray(x.astype(jnp.float32), np.float64) for x in (hidden[0], head)]
+    logits = wide[0] @ wide[1].T
+    own = logits[np.arange(9), np.arange(9)]
+    others = np.where(np.eye(9, 60, dtype=bool), -np.inf, logits)
+    expected = np.log1p(np.exp(others - own[:, None]).sum(axis=-1))
+    with jax.default_matmul_precision("highest"):
+        nll, _ = jitted(hidden, head, labels)
+    assert expected.max() > 1e-7  # some of it must show
+    np.testing.assert_allclose(nll[0], expected, rtol=1e-3 if dtype == jnp.float32 else 1e-1, atol=1.2e-7)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("scalars", [{}, {"multiplier": 0.7, "softcap": 9.0}])
+@pytest.mark.parametrize("vocab", [101, 1000])
+def test_of_equal_rows_the_lowest_is_predicted(dtype, scalars, vocab):
+    """As torch.argmax does with an engine's logits, whichever of them is the label."""
+    import torch
+
+    hidden, head, _, _ = random_inputs(8, 1, 40, vocab, 48, dtype)
+    twins = np.stack([np.arange(20), vocab - 1 - np.arange(20)])
+    head = head.at[twins[0]].set(hidden[0, :20]).at[twins[1]].set(hidden[0, :20])
+    hidden = hidden.at[0, 20:].set(hidden[0, :20])
+    labels = jnp.asarray(twins.reshape(1, 40))  # the lower twin, then the higher one
+    _, predicted = jitted(hidden, head, labels, **scalars)
+    engine = torch.from_numpy(np.array(hidden[0], np.float32)) @ torch.from_numpy(np.array(head, np.float32)).T
+    np.testing.assert_array_equal(predicted[0], np.tile(twins[0], 2))
+    np.testing.assert_array_equal(predicted[0], torch.argmax(engine, dim=-1).numpy())
+
+
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_no_array_is_larger_than_a_chunk(with_gradient):
     t, v, h, chunk = 1000, 4001, 8, 10

@@ -79,6 +79,20 @@ def test_dpace_weights_written_out(kind):
         np.testing.assert_allclose(got[block], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("confidence", [0.9, 1e-3, 1e-6])
+def test_the_continuations_value_has_no_product_that_underflows(confidence):
+    """alpha 0 and labels so improbable that the product of a block's probabilities is no float32; 0.9: that it is."""
+    rng = np.random.default_rng(2)
+    nll = -np.log(confidence) * rng.uniform(0.5, 1.5, (1, 9, 15))
+    mask = rng.random((1, 9, 15)) < 0.9
+    s = np.where(mask, np.exp(-nll.astype(np.float32).astype(np.float64)), 1.0)
+    prefix = np.cumprod(s, axis=-1)
+    expected = np.cumsum((prefix * mask)[..., ::-1], axis=-1)[..., ::-1] / prefix  # in float64
+    assert (prefix.min() < np.finfo(np.float32).tiny) == (confidence < 1e-2)
+    got = dpace_weights(jnp.asarray(nll, jnp.float32), jnp.asarray(mask), "dpace-continuation-value-only", 0.0)
+    np.testing.assert_allclose(got, expected, rtol=3e-6)
+
+
 def test_sums_and_metrics(batch):
     rng = np.random.default_rng(2)
     anchors, valid = np.sort(rng.integers(0, 20, (3, 30)), axis=1), rng.random((3, 30)) < 0.8
