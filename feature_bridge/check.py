@@ -140,16 +140,16 @@ class OurDraft:
             "mask_token_id": shape.mask_token_id,
             "rope_theta": shape.rope_theta,
             "rms_norm_eps": shape.rms_norm_eps,
-            "input_embedding_scale": shape.input_embedding_scale,
-            "output_multiplier": shape.output_multiplier,
-            "final_logit_softcapping": shape.final_logit_softcapping,
+            "input_embedding_scale": 1.0 if shape.input_embedding_scale is None else shape.input_embedding_scale,
+            "output_multiplier": 1.0 if shape.output_multiplier is None else shape.output_multiplier,
+            "final_logit_softcapping": shape.final_logit_softcapping or 0.0,
         }
 
     def weights(self) -> dict[str, Tensor]:
         return self._draft.weights
 
     def __call__(self, embedding_bh: Tensor, features_aw: Tensor) -> Tensor:
-        return self._draft(embedding_bh * self._draft.shape.input_embedding_scale, features_aw)
+        return self._draft(self._draft.scale_embedding(embedding_bh), features_aw)
 
 
 class PeerDraft:

@@ -106,7 +106,7 @@ def block_logits(draft: TorchDraft, target: Target) -> Callable[[list[int], Tens
 
     @torch.inference_mode()
     def logits(tokens: list[int], features: Tensor) -> Tensor:
-        embedding_bh = target.embed([tokens[-1], *masks]).to(dtype) * shape.input_embedding_scale
+        embedding_bh = draft.scale_embedding(target.embed([tokens[-1], *masks]).to(dtype))
         hidden_bh = draft(embedding_bh, features.to(dtype))
         return target.logits(hidden_bh[1:])
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 
@@ -88,6 +89,72 @@ def tensor_files(directory: Path) -> list[Path]:
     return files
 
 
+def draft_tensors(directory: Path, framework: str) -> dict[str, Any]:
+    """A draft's tensors by exported name, as `framework` ("pt", or "flax" for jax) knows them, in their stored dtype.
+
+    Some drafts have "model." before every name, which transformers and SGLang take off as well.
+
+    Raises:
+      ValueError: what `draft_weights` says, or a tensor that is there twice, or not where the index says.
+    """
+    found: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for file in draft_weights(directory):
+        with open_tensors(file, framework) as stored:
+            names = stored.keys()  # it is no dict
+            for there in names:
+                name = there.removeprefix("model.")
+                if name in found:
+                    raise ValueError(
+                        f"draft {directory} has {name} twice ({places[name]} and {there} in {file.name}); remove the "
+                        "wrong one"
+                    )
+                found[name], places[name] = stored.get_tensor(there), f"{there} in {file.name}"
+    if (directory / INDEX).is_file():
+        for there, file_name in read_json(directory / INDEX)["weight_map"].items():
+            if places.get(there.removeprefix("model.")) != f"{there} in {file_name}":
+                raise ValueError(
+                    f"{directory / INDEX} says that {file_name} has {there}, which it has not; write the index again"
+                )
+    return found
+
+
+def draft_weights(directory: Path) -> list[Path]:
+    """The files that hold a draft's weights, as transformers chooses them: model.safetensors, or those of its index.
+
+    Other safetensors files beside them are not read: see `unread_weights`.
+
+    Raises:
+      ValueError: there are neither, both and they are not the same, or the index is broken.
+    """
+    index, whole = directory / INDEX, directory / WEIGHTS
+    if not index.is_file():
+        if whole.is_file():
+            return [whole]
+        others = sorted(file.name for file in directory.glob("*.safetensors"))
+        remedy = f"rename the right one of {', '.join(others)}" if others else "give an exported draft's directory"
+        raise ValueError(f"draft {directory} has no {WEIGHTS}; {remedy}")
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index} has no weight_map; write it again, or remove it beside one {WEIGHTS}")
+    if whole.is_file() and set(names.values()) != {WEIGHTS}:
+        # transformers would read the one, SGLang the other.
+        raise ValueError(f"draft {directory} has {WEIGHTS} and an index of other files; remove one of them")
+    return tensor_files(directory)
+
+
+def unread_weights(directory: Path) -> list[str]:
+    """Safetensors files beside a draft's own that transformers leaves alone and SGLang's server loads over them.
+
+    SGLang takes every file of a directory without an index, one after the other (0.5.20,
+    `filter_duplicate_safetensors_files`).
+    """
+    if (directory / INDEX).is_file():
+        return []
+    return sorted(file.name for file in directory.glob("*.safetensors") if file.name != WEIGHTS)
+
+
 @contextlib.contextmanager
 def open_tensors(file: str | Path, framework: str) -> Iterator[Any]:
     """`safetensors.safe_open`. Raises ValueError: the file cannot be read, names it and says why."""
@@ -128,6 +195,15 @@ def config_field(config: Mapping[str, Any], name: str, default: Any = None) -> A
     """A field of a config.json; the language model's where the top level has none."""
     value = config.get(name)
     return value if value is not None else text_config(config).get(name, default)
+
+
+def rope_theta(text: Mapping[str, Any]) -> float | None:
+    """The base of a language model's rotary positions, where transformers takes it from; None: it is not given.
+
+    One beside the scaling counts before one at the top, which may be a stale copy.
+    """
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    return rope.get("rope_theta") or text.get("rope_theta")
 
 
 def _remedy(file: Path) -> str:

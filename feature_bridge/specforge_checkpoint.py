@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from feature_bridge.draft_files import read_shape
 from feature_bridge.model_files import first_line
-from feature_bridge.torch_draft import read_shape, weight_names
+from feature_bridge.torch_draft import weight_names
 
 STATE_FILE = "training_state.pt"
 
@@ -42,8 +43,6 @@ def convert(checkpoint: Path, draft_config: Path, output: Path) -> Path:
         shape = read_shape(config)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {draft_config}: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{draft_config} is not a DFlash draft's config ({error!r}); give its own") from error
     try:
         state = torch.load(state_file, map_location="cpu", weights_only=True)
     except Exception as error:  # of the file, of torch's reader and of its unpickler

@@ -9,84 +9,14 @@ D head dim, V vocabulary.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-@dataclass(frozen=True, kw_only=True)
-class DraftShape:
-    """What the forward pass needs of a draft's config.json, old and new forms."""
-
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    mask_token_id: int
-    target_layer_ids: tuple[int, ...]
-    rms_norm_eps: float
-    rope_theta: float
-    windows: tuple[int | None, ...]  # by layer: None = full attention
-    causal: tuple[bool, ...]  # by layer: slot k sees slots <= k only
-    input_embedding_scale: float = 1.0
-    output_multiplier: float = 1.0
-    final_logit_softcapping: float = 0.0  # 0: none
-
-
-def read_shape(config: dict[str, Any]) -> DraftShape:
-    """The shape of a draft from its config.json.
-
-    Raises:
-      ValueError: another architecture, or a rope or activation that this forward pass does not compute.
-    """
-    nested = config.get("dflash_config") or {}
-
-    def either(name: str, default: Any = None) -> Any:
-        return nested.get(name, config.get(name, default))
-
-    if "speculators_model_type" in config:
-        raise ValueError("the draft is of speculators' form; write it as another with python -m jaxdraft.convert")
-    architectures = config.get("architectures") or ["DFlashDraftModel"]
-    if architectures != ["DFlashDraftModel"]:
-        raise ValueError(f"the draft's architectures={architectures} is not ['DFlashDraftModel']; use a DFlash draft")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        raise ValueError(f"the draft's rope_type={rope_type!r} is not supported; a DFlash draft uses plain 1-D rope")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"the draft's hidden_act={config['hidden_act']!r} is not supported; use silu")
-    if config.get("attention_bias"):
-        raise ValueError("the draft's attention_bias=true is not supported; use a draft without biases")
-
-    for name in ("mask_token_id", "target_layer_ids"):
-        if either(name) is None:
-            raise ValueError(f"the draft's {name} is missing; write what it was trained with into dflash_config")
-
-    num_layers = config["num_hidden_layers"]
-    layer_types = config.get("layer_types") or ["full_attention"] * num_layers
-    sliding = [kind == "sliding_attention" for kind in layer_types]
-    is_causal = either("is_causal")  # overrides every layer; without it, sliding layers are causal in the block
-    return DraftShape(
-        num_layers=num_layers,
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=config["num_key_value_heads"],
-        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-        block_size=int(either("block_size", 16)),
-        mask_token_id=int(either("mask_token_id")),
-        target_layer_ids=tuple(either("target_layer_ids")),
-        rms_norm_eps=config["rms_norm_eps"],
-        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
-        windows=tuple(config["sliding_window"] if is_sliding else None for is_sliding in sliding),
-        causal=tuple(sliding if is_causal is None else [bool(is_causal)] * num_layers),
-        input_embedding_scale=float(either("input_embedding_scale", 1.0)),
-        output_multiplier=float(either("output_multiplier", 1.0)),
-        final_logit_softcapping=float(either("final_logit_softcapping") or 0.0),
-    )
+from feature_bridge.draft_files import DraftShape, read_shape
+from feature_bridge.model_files import draft_tensors, read_config
 
 
 class TorchDraft:
@@ -101,26 +31,20 @@ class TorchDraft:
         """Load an exported directory, every tensor converted to `dtype`.
 
         Raises:
-          ValueError: the directory has no config.json or model.safetensors, or the weights are not exactly the draft's.
+          ValueError: no config.json, one that `read_shape` refuses, or weights that are not exactly the draft's.
         """
-        from safetensors.torch import load_file
-
-        directory = Path(directory)
-        for name in ("config.json", "model.safetensors"):
-            if not (directory / name).is_file():
-                raise ValueError(f"draft {directory} has no {name}; give a directory written by jaxdraft.export")
-        shape = read_shape(json.loads((directory / "config.json").read_text()))
-        weights = load_file(directory / "model.safetensors", device=str(device))
+        shape = read_shape(read_config(directory, "draft"))
+        weights = draft_tensors(Path(directory), "pt")
         if difference := sorted(set(weights) ^ set(weight_names(shape.num_layers))):
             raise ValueError(f"draft {directory} has missing or extra tensors {difference[:4]}; export it again")
-        return cls(shape, {name: weight.to(dtype) for name, weight in weights.items()})
+        return cls(shape, {name: weight.to(device, dtype) for name, weight in weights.items()})
 
     @torch.inference_mode()
     def __call__(self, embedding_bh: Tensor, features_aw: Tensor) -> Tensor:
         """Hidden states [B, H] of one block whose anchor is at position A, given the features of everything before it.
 
         Args:
-          embedding_bh: the target's embedding of [anchor token, MASK, MASK, ...], already scaled.
+          embedding_bh: the target's embedding of [anchor token, MASK, MASK, ...], after `scale_embedding`.
           features_aw: the target's captured layers at positions 0 .. A-1.
         """
         shape, num_context, num_slots = self.shape, len(features_aw), len(embedding_bh)
@@ -140,11 +64,17 @@ class TorchDraft:
             h_bh = h_bh + (F.silu(x_bh @ gate.T) * (x_bh @ up.T)) @ down.T
         return self._norm("norm", h_bh)
 
+    def scale_embedding(self, embedding: Tensor) -> Tensor:
+        """The factor that newer configs put on the block's embeddings."""
+        scale = self.shape.input_embedding_scale
+        return embedding if scale is None else embedding * scale
+
     def scale_logits(self, logits: Tensor) -> Tensor:
         """The scalars that newer configs put after the target's LM head."""
-        logits = logits * self.shape.output_multiplier
+        if self.shape.output_multiplier is not None:
+            logits = logits * self.shape.output_multiplier
         cap = self.shape.final_logit_softcapping
-        return torch.tanh(logits / cap) * cap if cap > 0 else logits
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _attention(
         self, prefix: str, x_bh: Tensor, context_ah: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor

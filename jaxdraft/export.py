@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 from safetensors.numpy import save_file
 
-from feature_bridge.model_files import config_field, find_model, read_config, read_json, text_config
+from feature_bridge.model_files import config_field, find_model, read_config, read_json, rope_theta, text_config
 from jaxdraft import __version__
 from jaxdraft.checkpoint import Checkpoints, load_params
 from jaxdraft.cli import parse_options, run_command
@@ -37,6 +37,7 @@ from jaxdraft.speculators import to_speculators
 Tensors = Mapping[str, np.ndarray]
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 EXPORT_FORMAT = 1
+SCALARS = ("input_embedding_scale", "output_multiplier", "final_logit_softcapping")  # of newer configs
 Form = Literal["dflash", "speculators"]
 
 
@@ -141,11 +142,7 @@ def write_card(
 def hf_config(config: DraftConfig, target: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The draft's config.json. Token ids and the tie flag are the target's, of `text_config` where the top has none."""
     sliding = "sliding_attention" in config.layer_types
-    optional = {
-        name: value
-        for name in ("is_causal", "input_embedding_scale", "output_multiplier", "final_logit_softcapping")
-        if (value := getattr(config, name)) is not None
-    }
+    scalars = {name: value for name in SCALARS if (value := getattr(config, name)) is not None}
     return {
         "architectures": ["DFlashDraftModel"],
         "attention_bias": False,
@@ -156,6 +153,7 @@ def hf_config(config: DraftConfig, target: Mapping[str, Any], dtype: str) -> dic
         "dflash_config": {
             "mask_token_id": config.mask_token_id,
             "target_layer_ids": list(config.target_layer_ids),
+            **scalars,  # here for SGLang, which does not look at the top
         },
         "dtype": dtype,
         "eos_token_id": config_field(target, "eos_token_id"),
@@ -183,7 +181,8 @@ def hf_config(config: DraftConfig, target: Mapping[str, Any], dtype: str) -> dic
         "use_cache": True,
         "use_sliding_window": sliding,
         "vocab_size": config.vocab_size,
-        **optional,
+        **scalars,
+        **({} if config.is_causal is None else {"is_causal": config.is_causal}),
     }
 
 
@@ -194,12 +193,11 @@ def check_target(config: DraftConfig, target: Mapping[str, Any]) -> None:
       ValueError: width, vocabulary, depth or rope differ; names the field and both values.
     """
     text = text_config(target)
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     pairs = {
         "hidden_size": (config.hidden_size, text["hidden_size"]),
         "vocab_size": (config.vocab_size, text["vocab_size"]),
         "num_target_layers": (config.num_target_layers, text["num_hidden_layers"]),
-        "rope_theta": (config.rope_theta, text.get("rope_theta") or rope.get("rope_theta")),
+        "rope_theta": (config.rope_theta, rope_theta(text)),
     }
     for name, (ours, theirs) in pairs.items():
         if theirs is not None and ours != theirs:

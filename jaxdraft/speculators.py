@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from feature_bridge.draft_files import SLIDING, read_layers
 from feature_bridge.model_files import read_json, text_config
 from jaxdraft.model.dflash import DraftConfig
 
@@ -101,11 +102,11 @@ def from_speculators(config: Mapping[str, Any]) -> dict[str, Any]:
         "sample_from_anchor": (config.get("sample_from_anchor", False), False),
         "draft_vocab_size": (config["draft_vocab_size"], layers["vocab_size"]),
         "target_hidden_size": (config.get("target_hidden_size") or layers["hidden_size"], layers["hidden_size"]),
-        "layer_types": ("sliding_attention" in (layers.get("layer_types") or ()), False),
+        "layer_types": (SLIDING in (layers.get("layer_types") or read_layers(layers)[0]), False),
     }
     for name, (found, computed) in unsupported.items():
         if found != computed:
-            found = "sliding_attention" if name == "layer_types" else found
+            found = SLIDING if name == "layer_types" else found
             raise ValueError(f"{name}={found!r} of a speculators draft is not supported; start from another draft")
     ids = config["aux_hidden_state_layer_ids"]
     if min(ids) < 1:

@@ -22,6 +22,7 @@ from feature_bridge.model_files import (
     open_tensors,
     read_config,
     read_json,
+    rope_theta,
     tensor_files,
     text_config,
 )
@@ -79,8 +80,7 @@ class TargetModel:
 
     @property
     def rope_theta(self) -> float:
-        rope = self.text.get("rope_parameters") or self.text.get("rope_scaling") or {}
-        return float(self.text.get("rope_theta") or rope.get("rope_theta") or 10_000.0)
+        return float(rope_theta(self.text) or 10_000.0)
 
     @cached_property
     def tensors(self) -> dict[str, Path]:

@@ -17,6 +17,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Qwen3Config
 
+OF_OTHER_DRAFTS = (
+    "projector_type",
+    "pure_draft_prefix_len",
+    "shift_label",
+    "selector_rank",
+    "conv_kernel_size",
+    "attention_sink_bias",
+    "add_swa_attention_sink_bias",
+    "attention_value_scale",
+    "sample_from_anchor",
+    "use_swa",
+)
+IN_TWO_PLACES = (
+    "block_size",
+    "mask_token_id",
+    "target_layer_ids",
+    "num_target_layers",
+    "input_embedding_scale",
+    "output_multiplier",
+    "final_logit_softcapping",
+)
+
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
@@ -92,6 +114,7 @@ class DFlashDraftModel(PreTrainedModel):
 
     def __init__(self, config: Qwen3Config):
         super().__init__(config)
+        refuse_what_is_not_computed(config)
         fields = getattr(config, "dflash_config", None) or {}
 
         def either(name: str, default=None):
@@ -104,7 +127,7 @@ class DFlashDraftModel(PreTrainedModel):
         self.output_multiplier = float(either("output_multiplier", 1.0))
         self.final_logit_softcapping = float(either("final_logit_softcapping") or 0.0)
         sliding = [kind == "sliding_attention" for kind in config.layer_types]
-        is_causal = either("is_causal")  # overrides every layer; else sliding layers are causal inside the block
+        is_causal = getattr(config, "is_causal", None)  # of every layer; else sliding ones are causal in the block
         self.causal = sliding if is_causal is None else [bool(is_causal)] * len(sliding)
         self.windows = [config.sliding_window if one else None for one in sliding]
         self.rope_theta = float(config.rope_parameters["rope_theta"])
@@ -153,6 +176,38 @@ class DFlashDraftModel(PreTrainedModel):
         angles = torch.arange(num_positions, dtype=torch.float32, device=like.device)[:, None] * frequencies
         angles = torch.cat([angles, angles], dim=-1)[None]
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def refuse_what_is_not_computed(config: Qwen3Config) -> None:
+    """Raises ValueError: a field that this model does not compute, or that programs read in different ways."""
+    nested, rope, kinds = getattr(config, "dflash_config", None) or {}, config.rope_parameters, config.layer_types
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError("rope_parameters is nested by layer type, which is not supported; write it flat")
+    if rope["rope_type"] != "default" or rope.get("mrope_section") is not None:
+        raise ValueError(f"rope_parameters={rope} is not supported, only plain rope")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise ValueError("partial_rotary_factor is not supported, only 1")
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layer_types has {unknown}, which is not supported")
+    if "sliding_attention" in kinds and not (config.sliding_window and config.use_sliding_window):
+        raise ValueError("layer_types has sliding_attention without use_sliding_window and a sliding_window")
+    neutral = {"hidden_act": "silu", "attention_bias": False, "is_neox_style": True, "rope_is_neox_style": True}
+    for name, value in neutral.items():
+        if (found := getattr(config, name, value)) != value:
+            raise ValueError(f"{name}={found!r} is not supported, only {value!r}")
+    for name in OF_OTHER_DRAFTS:
+        if nested.get(name) or getattr(config, name, None):
+            raise ValueError(f"{name} is not supported")
+    for name in IN_TWO_PLACES:
+        if name in nested and hasattr(config, name) and nested[name] != getattr(config, name):
+            raise ValueError(f"{name} in dflash_config is not that of the top level; write one of them")
+    if getattr(config, "num_target_layers", None) is None:
+        raise ValueError("num_target_layers is missing at the top level")
+    top = getattr(config, "is_causal", None)
+    for name in ("is_causal", "causal"):
+        wanted = nested.get(name)
+        if wanted is not None and any((k == "sliding_attention" if top is None else top) != wanted for k in kinds):
+            raise ValueError(f"{name} in dflash_config is not read; write is_causal at the top level")
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from feature_bridge.model_files import draft_weights
 from feature_bridge.targets import sglang_versions as versions
 
 
@@ -67,7 +68,8 @@ class SGLangDraft:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(float("nan"))
-        model.load_weights(iter(load_file(directory / "model.safetensors", device=str(device)).items()))
+        files = [load_file(file, device=str(device)) for file in draft_weights(directory)]
+        model.load_weights(item for tensors in files for item in tensors.items())
         for layer in model.layers:
             layer.self_attn.attn = BlockAttention(layer.self_attn)
         self._model = model.float().eval()

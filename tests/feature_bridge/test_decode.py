@@ -11,9 +11,10 @@ from text_target import open_target, write_target
 
 from feature_bridge.contracts import DataSpec, Decode, TargetSpec
 from feature_bridge.decode import decode, draft_proposer, greedy, part_at_a_near_tie, prompt_of, speculate
+from feature_bridge.draft_files import read_shape
 from feature_bridge.index import build_indexes
 from feature_bridge.targets.base import Request
-from feature_bridge.torch_draft import TorchDraft, read_shape
+from feature_bridge.torch_draft import TorchDraft
 from jaxdraft.replay import replay
 
 BLOCK_SIZE = 5
@@ -43,9 +44,11 @@ def random_draft(hidden_size, layer_ids, mask_token_id, vocab_size, seed=1):
         "num_attention_heads": 2,
         "num_hidden_layers": 2,
         "num_key_value_heads": 1,
+        "num_target_layers": max(layer_ids) + 1,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e4,
         "sliding_window": 8,
+        "use_sliding_window": True,
         "vocab_size": vocab_size,
     }
     torch.manual_seed(seed)

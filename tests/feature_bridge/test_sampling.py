@@ -8,9 +8,10 @@ import torch
 from text_target import open_target, write_target
 
 from feature_bridge.decode import greedy
+from feature_bridge.draft_files import read_shape
 from feature_bridge.sampling import accept_or_resample, draft_distributions, speculate_sampled
 from feature_bridge.targets.base import Extended, Request
-from feature_bridge.torch_draft import TorchDraft, read_shape
+from feature_bridge.torch_draft import TorchDraft
 
 V = 5
 CRITICAL = 1e-4  # a right program fails once in ten thousand runs; seeds are fixed, so it does not

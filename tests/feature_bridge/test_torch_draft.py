@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from feature_bridge.cpu_stand_ins import torchvision_ops
-from feature_bridge.torch_draft import TorchDraft, read_shape
+from feature_bridge.draft_files import read_shape
+from feature_bridge.torch_draft import TorchDraft
 
 BASE = {
     "architectures": ["DFlashDraftModel"],

@@ -1,5 +1,6 @@
 """The exported directory: what the peers compute with it, what is refused, and what a crash leaves."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from export_helpers import CONFIG, K_NORM, SLIDING, TARGET, random_tensors
 from safetensors import safe_open
+from sglang_reader import sglang_reader
 
 from feature_bridge.cpu_stand_ins import torchvision_ops
 from jaxdraft.convert import load_draft
@@ -116,6 +118,20 @@ def test_config_has_every_field_of_the_format():
     assert hf_config(CONFIG, TARGET, "bfloat16")["sliding_window"] is None
 
 
+def test_the_scalars_are_where_each_system_looks(tmp_path):
+    """z-lab's class in dflash_config and at the top, SGLang in dflash_config alone."""
+    scalars = {"input_embedding_scale": 3.0, "output_multiplier": 0.5, "final_logit_softcapping": 30.0}
+    config = hf_config(dataclasses.replace(CONFIG, **scalars, is_causal=True), TARGET, "bfloat16")
+    for fields in (config, config["dflash_config"]):
+        assert scalars.items() <= fields.items()
+    assert (config["is_causal"], "is_causal" in config["dflash_config"]) == (True, False)
+    parse = sglang_reader()["parse_dflash_draft_config"]
+    found = parse(draft_hf_config=config)
+    assert (found.output_multiplier, found.final_logit_softcapping) == (0.5, 30.0)
+    del config["dflash_config"]["output_multiplier"]
+    assert parse(draft_hf_config=config).output_multiplier == 1.0  # what it was before: not read at the top
+
+
 def test_export_json(tmp_path):
     export_draft(
         random_tensors(),
@@ -174,6 +190,7 @@ def test_a_fresh_norm_is_no_constant():
     [
         ({"rope_parameters": {"rope_theta": 1e6}}, "rope_theta"),
         ({"rope_parameters": None, "rope_theta": 1e4}, "rope_theta"),
+        ({"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 5e6}, "rope_theta"),  # a stale one at the top
         ({"hidden_size": 48}, "hidden_size"),
         ({"vocab_size": 99}, "vocab_size"),
         ({"num_hidden_layers": 8}, "num_target_layers"),

@@ -50,7 +50,8 @@ def test_mistakes_are_one_sentence(given, capsys):
     assert convert(directory, checkpoint="nowhere") == 2
     assert "holds no training_state.pt" in capsys.readouterr().err
     config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    deeper = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    (directory / "config.json").write_text(json.dumps(config | deeper))
     assert convert(directory) == 2
     assert "e.g. layers.2" in capsys.readouterr().err
     assert not (directory / "draft").exists()
@@ -61,7 +62,7 @@ def test_mistakes_are_one_sentence(given, capsys):
     [
         ({"dflash_config": {"mask_token_id": None, "target_layer_ids": [0]}}, "mask_token_id is missing"),
         ({"dflash_config": {"mask_token_id": 1}}, "target_layer_ids is missing"),
-        ({"num_attention_heads": None, "head_dim": None}, "is not a DFlash draft's config"),
+        ({"num_attention_heads": None, "head_dim": None}, "has a field of the wrong type"),
     ],
 )
 def test_a_config_without_what_the_training_found_elsewhere(change, said, given, capsys):

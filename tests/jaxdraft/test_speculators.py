@@ -139,6 +139,10 @@ def test_reads_what_the_package_wrote(tmp_path, target):
         ({"draft_vocab_size": 50}, "draft_vocab_size=50"),
         ({"target_hidden_size": 80}, "target_hidden_size=80"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types='sliding_attention'"),
+        (
+            {"layer_types": None, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+            "layer_types='sliding_attention'",
+        ),
         ({"aux_hidden_state_layer_ids": [0, 2]}, "reads the embedding"),
         ({"aux_hidden_state_layer_ids": [3, 2, 5]}, "ascending"),
         ({"mask_token_id": "gone"}, "no field 'mask_token_id'"),
