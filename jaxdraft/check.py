@@ -26,7 +26,7 @@ from jaxtyping import UInt8
 from rich.console import Console
 from rich.table import Table
 
-from feature_bridge.model_files import read_json
+from feature_bridge.model_files import read_json, unread_weights
 from jaxdraft.bridges import Bridge, BridgeError
 from jaxdraft.cli import Parser, parse_command, run_command
 from jaxdraft.config import Config
@@ -37,7 +37,7 @@ from jaxdraft.features import FeatureStream
 from jaxdraft.held_out import open_held_out, prepare_jax
 from jaxdraft.model.dflash import DraftConfig
 from jaxdraft.model.tensors import from_tensors, to_tensors
-from jaxdraft.model_card import NOT_SERVED_BY_SGLANG
+from jaxdraft.model_card import not_served_by_sglang
 from jaxdraft.objective import Frozen, Params
 from jaxdraft.parity import (
     SYSTEMS,
@@ -180,16 +180,22 @@ def check_draft(directory: str | Path, config: Config, *, num_anchors: int = 6) 
         frozen = held.frozen(config.target.dtype)
         systems = SYSTEMS[form_of(directory)]
         verdicts = compare_systems(held.bridge, directory, params, draft, lambda: frozen, conversations, systems)
-        return [files, *verdicts, *of_the_server(systems, target)]
+        return [files, *verdicts, *of_the_server(directory, systems, draft, target)]
 
 
-def of_the_server(systems: Sequence[str], target: TargetModel) -> list[Verdict]:
-    """SGLang's draft class may compute all that is right, and its server still refuse the draft beside this target."""
-    model_type = target.config.get("model_type")
-    if "sglang" not in systems or model_type not in NOT_SERVED_BY_SGLANG:
+def of_the_server(
+    directory: str | Path, systems: Sequence[str], draft: DraftConfig, target: TargetModel
+) -> list[Verdict]:
+    """SGLang's draft class may compute all that is right, and its server still serve it wrongly, or not at all."""
+    if "sglang" not in systems:
         return []
-    note = f"its server has no DFLASH for a {model_type} target ({NOT_SERVED_BY_SGLANG[model_type]})"
-    return [Verdict(system="sglang's server", status="not run", note=note)]
+    notes = []
+    model_type = target.config.get("model_type")
+    if why := not_served_by_sglang(draft, model_type):
+        notes.append(f"its server does not serve this draft with a {model_type} target ({why})")
+    if others := unread_weights(Path(directory)):
+        notes.append(f"its server loads {', '.join(others)} over model.safetensors; move what is not the draft away")
+    return [Verdict(system="sglang's server", status="not run", note=note) for note in notes]
 
 
 def print_verdicts(console: Console, title: str, verdicts: Sequence[Verdict]) -> None:

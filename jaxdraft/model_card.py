@@ -15,6 +15,19 @@ NOT_SERVED_BY_SGLANG = {
     "qwen3_vl": "SGLang up to 0.5.20: its class calls a set_dflash_layers_to_capture that the inner model lacks",
 }
 
+NO_SCALE = "neither its draft class nor its server multiplies the block's embeddings by input_embedding_scale={scale}"
+
+
+def not_served_by_sglang(config: DraftConfig, target_model_type: str | None) -> str | None:
+    """Why SGLang's server would refuse a draft, or serve another one than was trained; None: it serves it.
+
+    Source for the scale: `DFlashWorkerV2` of 0.5.20, which asks the target's class alone for such a factor.
+    """
+    if (scale := config.input_embedding_scale) not in (None, 1):
+        return f"SGLang 0.5.20: {NO_SCALE.format(scale=scale)}"
+    return NOT_SERVED_BY_SGLANG.get(str(target_model_type))
+
+
 SGLANG = """SGLang:
 
 ```bash
@@ -23,16 +36,19 @@ python -m sglang.launch_server --model-path {target} \\
 ```
 """
 
-SERVE = """## Serving
-
-{sglang}
-
-vLLM (not run by the program that wrote this card):
+VLLM = """vLLM (not run by the program that wrote this card):
 
 ```bash
 vllm serve {target} \\
   --speculative-config '{{"method": "dflash", "model": "THIS_DIRECTORY", "num_speculative_tokens": {proposed}}}'
 ```
+"""
+
+SERVE = """## Serving
+
+{sglang}
+
+{vllm}
 
 PyTorch, by the code in `dflash.py`:
 
@@ -76,10 +92,16 @@ def model_card(
       summary: of an evaluation (`jaxdraft.eval_result.summarise`), with `tau_table` where there is one.
       has_curves: whether there is a curves.svg beside it.
     """
-    target, refused = about.get("target", "TARGET"), NOT_SERVED_BY_SGLANG.get(about.get("target_model_type"))
-    sglang = (
-        f"SGLang does not serve this draft with its target ({refused})." if refused else SGLANG.format(target=target)
-    )
+    target, refused = about.get("target", "TARGET"), not_served_by_sglang(config, about.get("target_model_type"))
+    serving = {
+        "target": target,
+        "proposed": config.block_size - 1,
+        "sglang": f"SGLang does not serve this draft with its target ({refused})." if refused else SGLANG,
+        "vllm": VLLM,
+    }
+    if (scale := config.input_embedding_scale) not in (None, 1):
+        serving["vllm"] = f"vLLM does not serve this draft as it was trained: {NO_SCALE.format(scale=scale)}."
+    serving |= {name: serving[name].format(**serving).strip() for name in ("sglang", "vllm")}
     shape = {
         "target": target,
         "run, step": f"{about.get('run', '-')}, {about.get('step', '-')}",
@@ -101,9 +123,7 @@ def model_card(
         "![loss and tau over the steps of the run](curves.svg)" if has_curves else "",
         _recipe(recipe, config.block_size),
         _data(data),
-        (SERVE_SPECULATORS if about.get("form") == "speculators" else SERVE).format(
-            target=target, proposed=config.block_size - 1, sglang=sglang.strip()
-        ),
+        (SERVE_SPECULATORS if about.get("form") == "speculators" else SERVE).format(**serving),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 

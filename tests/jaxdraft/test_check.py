@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from export_helpers import CONFIG
 from rich.console import Console
 from runs import run as run_training
 from runs import write_config, write_data
@@ -225,12 +226,22 @@ def test_the_table_says_what_did_not_run():
     assert "z-lab: No module named 'dflash'" in text
 
 
-def test_a_server_without_dflash_for_the_target_has_its_own_line():
-    (verdict,) = of_the_server(SYSTEMS["dflash"], TargetModel(Path("t"), {"model_type": "qwen3_vl"}))
-    assert not verdict.failed
-    assert "no DFLASH for a qwen3_vl target" in verdict.note
-    assert of_the_server(SYSTEMS["dflash"], TargetModel(Path("t"), {"model_type": "qwen3_5"})) == []
-    assert of_the_server(SYSTEMS["speculators"], TargetModel(Path("t"), {"model_type": "qwen3_vl"})) == []
+def test_what_sglangs_server_makes_of_it_has_its_own_line(tmp_path):
+    def said(model_type, system="dflash", **fields):
+        target = TargetModel(Path("t"), {"model_type": model_type})
+        verdicts = of_the_server(tmp_path, SYSTEMS[system], dataclasses.replace(CONFIG, **fields), target)
+        assert not any(verdict.failed for verdict in verdicts)
+        return [verdict.note for verdict in verdicts]
+
+    (note,) = said("qwen3_vl")
+    assert "does not serve this draft with a qwen3_vl target" in note
+    assert said("qwen3_5") == said("qwen3_vl", "speculators") == said("qwen3_5", input_embedding_scale=1.0) == []
+    (note,) = said("qwen3_5", input_embedding_scale=2.5)
+    assert "input_embedding_scale=2.5" in note
+    for name in ("model.safetensors", "model_ema.safetensors"):
+        (tmp_path / name).touch()
+    (note,) = said("qwen3_5")
+    assert "loads model_ema.safetensors over model.safetensors" in note
 
 
 def test_what_is_no_draft_is_said_before_anything_starts(tmp_path):

@@ -96,6 +96,21 @@ def test_the_card_does_not_promise_a_server(model_type, served, tmp_path):
     assert "vllm serve" in text
 
 
+def test_a_scale_of_the_embeddings_that_no_server_knows(tmp_path):
+    """By SGLang's source, its worker asks the target's class for a factor, and no class of it has one."""
+    (package,) = importlib.util.find_spec("sglang").submodule_search_locations
+    asks = "get_dflash_noise_embedding_scale"
+    worker = Path(package) / "srt" / "speculative" / "dflash_worker_v2.py"
+    assert asks in worker.read_text()
+    assert "input_embedding_scale" not in worker.read_text()
+    assert not any(asks in file.read_text() for file in (Path(package) / "srt" / "models").glob("*.py"))
+    directory = export_draft(random_tensors(SCALED), SCALED, TARGET | {"model_type": "qwen3_5"}, tmp_path / "draft")
+    text = (directory / "README.md").read_text()
+    assert text.count("input_embedding_scale=1.7") == 2
+    assert "sglang.launch_server" not in text
+    assert "vllm serve" not in text
+
+
 def metrics(steps):
     """Of a run: train lines, and an evaluation every 100 steps; one step's tau is not known."""
     for step in range(1, steps + 1):
