@@ -9,6 +9,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import gpu_runs
 import pytest
@@ -17,6 +18,7 @@ MODE = os.environ.get("JAXDRAFT_GPU_TEST", "")
 MOST_IN_USE = 0.05  # of the GPU's memory, before the tests: their shares of it add up to all of it
 PATIENCE_S = 10.0  # after the last process's end, for the driver to give its memory back
 SLACK_MIB = 64
+LONGEST_REPORT = 6000  # characters of a failure that are shown at once
 BRIDGE_VERSIONS = """
 from importlib.metadata import version
 from feature_bridge.targets.sglang_versions import installed_version
@@ -30,6 +32,7 @@ if MODE == "gpu":
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.02")  # of this process, which reads checkpoints
 
 _before: int | None = None
+_terminal: Any = None  # of the process that reports
 _reports: list[pytest.TestReport] = []
 
 
@@ -81,7 +84,9 @@ def ask(python: str, code: str) -> subprocess.Popen:
 
 
 def pytest_sessionstart(session):
-    global _before
+    global _before, _terminal
+    if MODE and not hasattr(session.config, "workerinput"):
+        _terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     if MODE != "gpu" or hasattr(session.config, "workerinput"):
         return
     if sentence := missing():
@@ -90,7 +95,15 @@ def pytest_sessionstart(session):
 
 
 def pytest_runtest_logreport(report):
+    """A line a test when it has ended, and why it failed: whoever ends the tests early has seen what there was."""
     _reports.append(report)
+    if _terminal is None:
+        return
+    if report.failed:
+        _terminal.write_line(f"\nFAILED in its {report.when}: {report.nodeid}")
+        _terminal.write_line(str(report.longrepr)[-LONGEST_REPORT:])
+    elif report.when == "call":
+        _terminal.write_line(f"\n{report.outcome} {report.nodeid} ({report.duration:.0f} s)")
 
 
 @pytest.hookimpl(trylast=True)

@@ -16,6 +16,7 @@ import processes
 import psutil
 import runs
 
+ROOT = Path(__file__).resolve().parents[2]
 REHEARSAL = os.environ.get("JAXDRAFT_GPU_TEST") == "rehearsal"
 BRIDGE_PYTHON = os.environ.get("JAXDRAFT_BRIDGE_PYTHON", sys.executable)
 BACKEND = os.environ.get("JAXDRAFT_REHEARSED_BACKEND", "huggingface") if REHEARSAL else "sglang"
@@ -38,7 +39,9 @@ class Command:
             beside other work, a product may be chosen otherwise, and sums then differ in their last bits.
           log: its bridge's, shown where it ends badly.
         """
-        environment = {"COLUMNS": "200"}
+        # A script's own folder is all that Python would find it beside, where the packages are not installed.
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {"COLUMNS": "200", "PYTHONPATH": path}
         if REHEARSAL:
             environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "OMP_NUM_THREADS": "1"}
         else:  # of commands that take no --trainer.memory-fraction
