@@ -160,11 +160,18 @@ def read_layers(config: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None]
     return kinds, window
 
 
+def rope_fields(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The field that transformers reads rotary positions from, and its content.
+
+    The older field wins over the newer one, and all of it: a base in rope_parameters is not looked at then.
+    """
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    return name, config.get(name) or {}
+
+
 def _read_rope(config: Mapping[str, Any]) -> float:
     """The base of plain rotary positions, from wherever transformers takes it."""
-    # The older field wins over the newer one, and all of it: a base in rope_parameters is not looked at then.
-    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope = config.get(name) or {}
+    name, rope = rope_fields(config)
     if nested := sorted(key for key, value in rope.items() if isinstance(value, Mapping)):
         raise ValueError(
             f"the draft's {name} is nested by layer type ({', '.join(nested)}), and z-lab's class reads no base from "

@@ -13,6 +13,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from feature_bridge.draft_files import rope_fields
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
@@ -201,9 +203,28 @@ def rope_theta(text: Mapping[str, Any]) -> float | None:
     """The base of a language model's rotary positions, where transformers takes it from; None: it is not given.
 
     One beside the scaling counts before one at the top, which may be a stale copy.
+
+    Raises:
+      ValueError: several bases, by layer type, or one that is no number.
     """
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    return rope.get("rope_theta") or text.get("rope_theta")
+    name, rope = rope_fields(text)
+    flat = text.get("rope_theta")
+    nested = {kind: fields for kind, fields in rope.items() if isinstance(fields, Mapping)}
+    bases = {kind: fields.get("rope_theta", flat) for kind, fields in nested.items()} or {"": rope.get("rope_theta")}
+    if not nested and bases[""] is None:
+        bases[""] = flat
+    if (local := text.get("rope_local_base_freq")) is not None:  # Gemma 3's sliding layers, in its older form
+        bases["sliding_attention"] = local
+    if len(set(bases.values())) > 1:
+        said = ", ".join(f"{kind or 'full_attention'} {base}" for kind, base in bases.items())
+        raise ValueError(
+            f"the target's {name} has several rope bases, by layer type ({said}), and a draft has one; "
+            "give a target of a family in docs/families.md"
+        )
+    (base,) = set(bases.values())
+    if base is not None and (isinstance(base, bool) or not isinstance(base, int | float) or base <= 0):
+        raise ValueError(f"the target's rope_theta={base!r} is not a positive number; download its config.json again")
+    return None if base is None else float(base)
 
 
 def _remedy(file: Path) -> str:

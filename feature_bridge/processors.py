@@ -13,12 +13,15 @@ from typing import Any
 from feature_bridge.contracts import DataSpec
 from feature_bridge.cpu_stand_ins import torchvision_ops
 from feature_bridge.media import MediaError
-from feature_bridge.model_files import first_line
+from feature_bridge.model_files import first_line, read_json
 from feature_bridge.video_rules import VideoRules
 
 # What chat templates take for today, so that samples are the same on every day. Llama 3.2's template writes the date
 # into the prompt, and this one where it is given none.
 _TODAY = datetime.date(2024, 7, 26)
+
+# A tokenizer's words are in one of these.
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tiktoken.model")
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +131,7 @@ def load_processor(
     torchvision_ops.ensure()
     import transformers
 
+    _check_files(path, revision)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         loaded = transformers.AutoProcessor.from_pretrained(path, **options)
@@ -140,6 +144,40 @@ def load_processor(
     tokenizer = getattr(loaded, "tokenizer", loaded)
     eos = _eos_token_ids(transformers, path, options) | {tokenizer.eos_token_id} - {None}
     return make_processor(loaded, eos, data=data, path=path)
+
+
+def _check_files(path: str, revision: str | None) -> None:
+    """Raises ValueError: the target lacks files without which transformers makes an empty tokenizer, or no pictures."""
+
+    def has(*names: str) -> bool:
+        return any(_cached(path, name, revision) is not None for name in names)
+
+    if not has("config.json"):
+        return  # loading it says so
+    if not has(*_VOCABULARIES):
+        raise ValueError(
+            f"target.path={path!r} has no tokenizer.json; add the tokenizer's files, or download the model again"
+        )
+    sees = "vision_config" in read_json(Path(_cached(path, "config.json", revision)))
+    if sees and not has("preprocessor_config.json", "processor_config.json"):
+        raise ValueError(
+            f"target.path={path!r} has a vision_config and no preprocessor_config.json, by which pictures are resized; "
+            "add it, or download the model again"
+        )
+
+
+def _cached(path: str, name: str, revision: str | None) -> str | None:
+    """Where a file of the target is, downloaded if it must be; None: it has no such file."""
+    from transformers.utils import cached_file
+
+    return cached_file(
+        path,
+        name,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
 
 
 def make_processor(loaded: Any, eos_token_ids: set[int], *, data: DataSpec | None = None, path: str = "") -> Processor:

@@ -35,6 +35,11 @@ EMBED_KEYS = (  # VLM, LLM, older VLM layouts
     "language_model.model.embed_tokens.weight",
 )
 HEAD_KEYS = ("lm_head.weight", "language_model.lm_head.weight", "model.language_model.lm_head.weight")
+DEFAULT_ROPE_THETA = {  # of transformers' classes, by model_type, where config.json gives none
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe"), 1e4),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), 1e6),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), 5e5),
+}
 QUANTISED_SUFFIXES = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "scales", "qzeros")
 
 
@@ -80,7 +85,15 @@ class TargetModel:
 
     @property
     def rope_theta(self) -> float:
-        return float(rope_theta(self.text) or 10_000.0)
+        """The base of its rotary positions. Raises ValueError: config.json does not say, or gives several."""
+        if (base := rope_theta(self.text)) is not None:
+            return base
+        family = str(self.text.get("model_type")).removesuffix("_text")
+        if family not in DEFAULT_ROPE_THETA:
+            raise ValueError(
+                f"target.path={str(self.directory)!r} has no rope_theta in its config.json; write the model's there"
+            )
+        return DEFAULT_ROPE_THETA[family]
 
     @cached_property
     def tensors(self) -> dict[str, Path]:

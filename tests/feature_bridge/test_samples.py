@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from PIL import Image
-from sample_helpers import chat, data_spec, data_url, load_family, picture, png, wrap
+from sample_helpers import TINY_TARGET, chat, data_spec, data_url, load_family, picture, png, wrap
 
 from feature_bridge import media
 from feature_bridge.media import MediaError, SampleError
@@ -408,4 +408,23 @@ def test_missing_target(tmp_path):
     with pytest.raises(ValueError, match=r"target.path='.*nothing' is not a folder here; give one, or a hub id"):
         load_processor(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match=r"target.path='.*' holds no processor or tokenizer that loads"):
+        load_processor(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("tokenizer.json", "has no tokenizer.json; add the tokenizer's files"),
+        (
+            "preprocessor_config.json",
+            "has a vision_config and no preprocessor_config.json, by which pictures are resized",
+        ),
+    ],
+)
+def test_a_missing_file_of_a_target_is_named(file, said, tmp_path):
+    """Else transformers makes a tokenizer without words, or no image processor, and every record is at fault."""
+    for path in TINY_TARGET.iterdir():
+        if path.name != file and path.suffix != ".safetensors":
+            (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(ValueError, match=rf"target.path='.*' {said}"):
         load_processor(str(tmp_path))

@@ -50,6 +50,40 @@ def test_fields_of_a_vlm_come_from_its_text_config(tmp_path):
     assert (draft.rope_theta, draft.rms_norm_eps, draft.mask_token_id) == (1e7, 1e-5, 5)
 
 
+@pytest.mark.parametrize("vlm", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "base"),
+    [
+        ({"rope_theta": 10_000, "rope_parameters": {"rope_theta": 1e6}}, 1e6),  # a stale copy at the top
+        ({"rope_theta": 1e6, "rope_parameters": {"rope_type": "default"}}, 1e6),
+        (
+            {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_parameters": {"rope_theta": 5}},
+            1e6,
+        ),
+        ({"rope_theta": 1e6, "rope_scaling": None, "rope_parameters": None}, 1e6),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e6}}}, 1e6),
+        ({"rope_theta": 1e6, "rope_parameters": {"full_attention": {"rope_type": "default"}}}, 1e6),
+        ({"model_type": "qwen2", "rope_parameters": None}, 1e4),
+        ({"model_type": "qwen2_5_vl_text", "rope_parameters": {"type": "mrope"}}, 1e6),
+        ({"model_type": "qwen3_vl_text", "rope_parameters": None}, 5e5),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
+            r"several rope bases, by layer type \(full_attention 1000000.0, sliding_attention 10000.0\)",
+        ),
+        ({"rope_parameters": None, "rope_theta": 1e6, "rope_local_base_freq": 1e4}, "several rope bases"),
+        ({"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta='1e6' is not a positive number"),
+        ({"rope_parameters": None}, "has no rope_theta in its config.json"),
+    ],
+)
+def test_the_rope_base_is_read_as_transformers_reads_it(tmp_path, fields, base, vlm):
+    config = write_target(tmp_path, vlm=vlm, **({"text_config": TEXT | fields, "rope_theta": 7.0} if vlm else fields))
+    if isinstance(base, str):
+        with pytest.raises(ValueError, match=base):
+            _ = open_target(config).rope_theta
+    else:
+        assert open_target(config).rope_theta == base
+
+
 @pytest.mark.parametrize(
     "key",
     [
