@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import fcntl
+import itertools
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,10 +14,11 @@ from typing import Any
 from feature_bridge import conversations
 from feature_bridge.conversations import Conversation, num_unasked
 from feature_bridge.media_parts import PartWriter
+from feature_bridge.record_keys import COLUMNS, LOSS_KEYS
 from feature_bridge.sources import Source
 
 _CUT_OFF = "the answer was cut off (length)"
-_REWRITTEN = ("messages", "conversations", "images", "image", "videos", "video", "system")
+_REWRITTEN = ("messages", "conversations", "system", *itertools.chain(*COLUMNS.values()), *LOSS_KEYS)  # in the turns
 
 
 @dataclass(frozen=True)

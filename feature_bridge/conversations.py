@@ -3,7 +3,7 @@
 Two forms are read: OpenAI's `messages` (content a string, or parts `text`, `image_url`, `image`, `video_url`, `video`)
 and ShareGPT's `conversations` (`from`/`value`), either with pictures beside it in `images` (or `image`) and videos in
 `videos` (or `video`). What is given beside the conversation stands where the text has `<image>` and `<video>` markers,
-else at the start of the first user turn (as SpecForge does).
+else at the start of the first user turn (as SpecForge does). What other keys mean is in `record_keys`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from feature_bridge import media, video
+from feature_bridge import media, record_keys, video
 from feature_bridge.media import Media, SampleError
+from feature_bridge.media_places import NAMES, Piece, Slot, Visual, beside, place
 from feature_bridge.video import Video
 
-# How Qwen's own tools sample a single video. They are not supported: a video that has one is refused, not misread.
-_UNREAD = (
-    "nframes",
-    "min_frames",
-    "max_frames",
-    "min_pixels",
-    "max_pixels",
-    "total_pixels",
-    "video_start",
-    "video_end",
-)
-
-_NAMES = {"image": "picture", "video": "video"}
 _ROLES = {
     "system": "system",
     "user": "user",
@@ -46,20 +34,15 @@ class Conversation:
     """Messages as chat templates take them; it ends with an assistant turn.
 
     `content` is a string, or, in a turn with pictures or videos, a list of `{"type": "image"}`, `{"type": "video"}` and
-    `{"type": "text", "text": …}`. An answer that is not to be learnt has `"weight": 0`, as in OpenAI's format.
+    `{"type": "text", "text": …}`. An answer that is not to be learnt has `"weight": 0`, as in OpenAI's format; a
+    thought is its `reasoning_content`.
     """
 
     sample_id: str
     messages: tuple[dict[str, Any], ...]
     images: tuple[Media, ...]  # in the order of their places
     videos: tuple[Video, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """The place of a picture or video that is given beside the conversation."""
-
-    kind: str  # "image" or "video"
+    ignored: tuple[str, ...] = ()  # keys of the record that are unknown, and whose values change nothing
 
 
 def parse(record: Any, where: str, folder: Path) -> Conversation:
@@ -70,7 +53,8 @@ def parse(record: Any, where: str, folder: Path) -> Conversation:
         folder: what relative picture paths are relative to.
 
     Raises:
-        SampleError: the record is not a conversation, or its pictures and their places do not match.
+        SampleError: the record is not a conversation, its pictures and their places do not match, or it has a key that
+            is not read and may change what is learnt.
     """
     if not isinstance(record, dict):
         raise _broken(f"expected a JSON object, got {type(record).__name__}")
@@ -81,50 +65,47 @@ def parse(record: Any, where: str, folder: Path) -> Conversation:
     for key in ("tools", "functions"):  # they would belong into the prompt
         if record.get(key) not in (None, "", "[]", [], {}):
             raise _broken(f"the record has {key}, which are not read; leave out conversations with tools")
+    if openai and record.get("conversations"):
+        _check_same(turns, record["conversations"])
+    read = [_read_turn(turn, index) for index, turn in enumerate(turns)]
+    learnt = record_keys.learnt_beside(record, [role for role, *_ in read])
     if (system := record.get("system")) not in (None, ""):  # LLaMA-Factory's form; a system turn goes first
         if not isinstance(system, str):
             raise _broken(f"the record has system of type {type(system).__name__}, expected a string")
-        if _read_turn(turns[0], 0)[0] != "system":
-            turns = [{"role": "system", "content": system}, *turns]
-    beside = _beside(record, "image") + _beside(record, "video")
+        if read[0][0] != "system":
+            read, learnt = [("system", system, "", None), *read], [None, *learnt]
+    given = beside(record, "image", folder) + beside(record, "video", folder)
     # Elsewhere "<image>" is a piece of text like any other.
-    marked = tuple(kind for kind in _NAMES if not openai or any(visual.kind == kind for visual in beside))
+    marked = tuple(kind for kind in NAMES if not openai or any(visual.kind == kind for visual in given))
 
-    roles, contents, reasonings = [], [], []
-    for index, turn in enumerate(turns):
-        role, content, reasoning = _read_turn(turn, index)
-        roles.append(role)
-        contents.append(_pieces(content, index, role, marked if role == "user" else ()))
-        reasonings.append(reasoning)
+    roles = [role for role, *_ in read]
+    contents = [
+        _pieces(content, index, role, marked if role == "user" else ())
+        for index, (role, content, *_) in enumerate(read)
+    ]
+    named = [_reference(visual.value) for visual in (*given, *itertools.chain(*contents)) if isinstance(visual, Visual)]
+    ignored = record_keys.ignored(record, named)
     if "assistant" not in roles:
         raise _broken("no assistant turn")
-    _place(beside, roles, contents)
+    place(given, roles, contents, folder)
 
     # Nothing after the last answer is supervised, and templates render an answer otherwise once a question follows it.
     end = len(roles) - roles[::-1].index("assistant")
     messages, images, videos = [], [], []
-    for role, pieces, reasoning, turn in zip(roles[:end], contents, reasonings, turns, strict=False):
-        seen = [piece for piece in pieces if isinstance(piece, _Visual)]
+    for index, (pieces, (role, _, reasoning, inside)) in enumerate(zip(contents[:end], read, strict=False)):
+        seen = [piece for piece in pieces if isinstance(piece, Visual)]
         images += [media.resolve(piece.value, folder) for piece in seen if piece.kind == "image"]
         videos += [video.resolve(piece.value, piece.fps, folder) for piece in seen if piece.kind == "video"]
         message = {"role": role, "content": _as_template_content(pieces)}
-        unlearnt = role == "assistant" and turn.get("weight") == 0
+        if {inside, learnt[index]} >= {True, False}:
+            raise record_keys.unread(f"turn {index} is to be learnt by itself or by the record, and not by the other")
+        unlearnt = role == "assistant" and False in (inside, learnt[index])
         messages.append(
             message | ({"reasoning_content": reasoning} if reasoning else {}) | ({"weight": 0} if unlearnt else {})
         )
     sample_id = record.get("id")
-    named = isinstance(sample_id, str | int)
-    return Conversation(str(sample_id) if named else where, tuple(messages), tuple(images), tuple(videos))
-
-
-@dataclass(frozen=True)
-class _Visual:
-    kind: str  # "image" or "video"
-    value: Any
-    fps: Any = None  # of a video
-
-
-_Piece = str | _Visual | _Slot
+    sample_id = str(sample_id) if isinstance(sample_id, str | int) else where
+    return Conversation(sample_id, tuple(messages), tuple(images), tuple(videos), ignored)
 
 
 def num_unasked(messages: Sequence[Mapping[str, Any]]) -> int:
@@ -140,10 +121,12 @@ def with_answer(record: Any) -> tuple[Any, bool]:
     name = (last.get("role") if last.get("role") is not None else last.get("from")) if isinstance(last, dict) else None
     if not isinstance(name, str) or _ROLES.get(name) != "user":
         return record, False
-    return record | {key: [*turns, {"role": "assistant", "content": ""}]}, True
+    lists = {name: [*record[name], 1] for name in record_keys.LOSS_KEYS if isinstance(record.get(name), list)}
+    return record | lists | {key: [*turns, {"role": "assistant", "content": ""}]}, True
 
 
-def _read_turn(turn: Any, index: int) -> tuple[str, Any, str]:
+def _read_turn(turn: Any, index: int) -> tuple[str, Any, str, bool | None]:
+    """Role, content, thought, and whether the turn says that it is to be learnt."""
     if not isinstance(turn, dict):
         raise _broken(f"turn {index} is {type(turn).__name__}, expected an object")
     name = turn["role"] if turn.get("role") is not None else turn.get("from")
@@ -152,16 +135,24 @@ def _read_turn(turn: Any, index: int) -> tuple[str, Any, str]:
         raise _broken(f"turn {index} has the unknown role {name!r}")
     if turn.get("tool_calls") or turn.get("function_call"):
         raise _broken(f"turn {index} calls tools, which are not read")
-    if role == "assistant" and turn.get("weight") not in (None, 0, 1):
-        raise _broken(f"turn {index} has weight={turn['weight']!r}, which is not read; give 0 or 1")
-    content = turn["content"] if turn.get("content") is not None else turn.get("value")
-    reasoning = turn.get("reasoning_content") or turn.get("reasoning") or ""
-    if not isinstance(reasoning, str):
-        raise _broken(f"turn {index} has reasoning_content of type {type(reasoning).__name__}")
-    return role, content, reasoning
+    record_keys.check_turn(turn, index)
+    given = [turn[key] for key in ("content", "value") if turn.get(key) is not None]
+    if len(given) > 1 and given[0] != given[1]:
+        raise record_keys.unread(f"turn {index} has content and value, which differ; give one of them")
+    content = given[0] if given else None
+    return role, content, record_keys.thought(turn, index, role), record_keys.learnt(turn, index, role)
 
 
-def _pieces(content: Any, index: int, role: str, marked: tuple[str, ...]) -> list[_Piece]:
+def _check_same(turns: list[Any], others: Any) -> None:
+    """Raises SampleError: `messages` and `conversations` are two conversations."""
+    both = [
+        [_read_turn(turn, i)[:2] for i, turn in enumerate(each)] for each in (turns, others) if isinstance(each, list)
+    ]
+    if len(both) < 2 or both[0] != both[1]:
+        raise record_keys.unread("the record has messages and conversations, which differ; give one of them")
+
+
+def _pieces(content: Any, index: int, role: str, marked: tuple[str, ...]) -> list[Piece]:
     """A turn's content as texts, pictures, videos, and places for those of the `marked` kinds."""
     if isinstance(content, str):
         return _split_markers(content, marked)
@@ -169,10 +160,11 @@ def _pieces(content: Any, index: int, role: str, marked: tuple[str, ...]) -> lis
         raise _broken(
             f"turn {index} has content of type {type(content).__name__}, expected a string or a list of parts"
         )
-    pieces: list[_Piece] = []
+    pieces: list[Piece] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
+            record_keys.check_part(part, kind, index)
             pieces += _split_markers(part["text"], marked)
         elif kind in ("image", "image_url", "video", "video_url"):
             pieces.append(_visual(part, kind.removesuffix("_url"), index, role))
@@ -181,59 +173,33 @@ def _pieces(content: Any, index: int, role: str, marked: tuple[str, ...]) -> lis
     return pieces
 
 
-def _visual(part: dict[str, Any], kind: str, index: int, role: str) -> _Visual | _Slot:
+def _visual(part: dict[str, Any], kind: str, index: int, role: str) -> Visual | Slot:
     if role != "user":
-        raise _broken(f"turn {index} has a {_NAMES[kind]} in a {role} turn")
-    unread = [key for key in _UNREAD if part.get(key) is not None] if kind == "video" else []
-    if unread:
-        raise _broken(
-            f"turn {index} has a video with {unread[0]}, which is not read; set data.video_{{fps,max_frames}}"
-        )
+        raise _broken(f"turn {index} has a {NAMES[kind]} in a {role} turn")
+    record_keys.check_part(part, kind, index)
     given = [part[key] for key in (f"{kind}_url", kind, "url", "path") if part.get(key) is not None]
+    if any(_reference(each) != _reference(given[0]) for each in given):
+        raise record_keys.unread(f"turn {index} has a {NAMES[kind]} that is given twice and differs; give it once")
+    if part.get("fps") is not None and part.get("sample_fps") not in (None, part["fps"]):
+        raise record_keys.unread(f"turn {index} has a video with fps and sample_fps, which differ; give one of them")
     fps = part["fps"] if part.get("fps") is not None else part.get("sample_fps")
-    return _Visual(kind, given[0], fps) if given else _Slot(kind)
+    return Visual(kind, given[0], fps) if given else Slot(kind)
 
 
-def _split_markers(text: str, kinds: tuple[str, ...]) -> list[_Piece]:
+def _reference(value: Any) -> Any:
+    """A path, also where it is given as an object."""
+    return value.get("url") or value.get("path") or value if isinstance(value, dict) else value
+
+
+def _split_markers(text: str, kinds: tuple[str, ...]) -> list[Piece]:
     """The text, with a slot in place of every "<image>" or "<video>" of these kinds."""
     if not kinds:
         return [text]
     pieces = re.split(f"<({'|'.join(kinds)})>", text)
-    return [_Slot(piece) if position % 2 else piece for position, piece in enumerate(pieces)]
+    return [Slot(piece) if position % 2 else piece for position, piece in enumerate(pieces)]
 
 
-def _beside(record: dict[str, Any], kind: str) -> list[_Visual]:
-    value = record.get(f"{kind}s") if record.get(f"{kind}s") is not None else record.get(kind)
-    values = value if isinstance(value, list) else [value]
-    return [_Visual(kind, value) for value in values if value is not None and value != ""]  # "": LLaVA's rows of text
-
-
-def _place(beside: list[_Visual], roles: list[str], contents: list[list[_Piece]]) -> None:
-    """Puts the pictures and videos given beside the conversation into their places in `contents`."""
-    unplaced = []
-    for kind, name in _NAMES.items():
-        given = [visual for visual in beside if visual.kind == kind]
-        slots = sum(piece == _Slot(kind) for pieces in contents for piece in pieces)
-        if slots and slots != len(given):
-            raise placeholder_count(kind, slots, len(given))
-        waiting = iter(given)
-        for pieces in contents:
-            pieces[:] = [next(waiting) if piece == _Slot(kind) else piece for piece in pieces]
-        unplaced += [] if slots else given
-        if unplaced and "user" not in roles:
-            raise _broken(f"{name}s, but no user turn to put them in")
-    if unplaced:
-        contents[roles.index("user")][:0] = unplaced
-
-
-def placeholder_count(kind: str, places: int, given: int) -> SampleError:
-    """The error for a text with more or fewer places for "image"s or "video"s than were given."""
-    return SampleError(
-        f"{kind} placeholder count", f"{kind} placeholder count: {places}, {_NAMES[kind]}s given: {given}"
-    )
-
-
-def _as_template_content(pieces: list[_Piece]) -> str | list[dict[str, str]]:
+def _as_template_content(pieces: list[Piece]) -> str | list[dict[str, str]]:
     if all(isinstance(piece, str) for piece in pieces):
         return "".join(pieces)
     nonempty = [piece for piece in pieces if piece != ""]

@@ -28,7 +28,8 @@ from feature_bridge.samples import Sample
 from feature_bridge.scan import Entry, Progress, entry_of, file_state, scan
 from feature_bridge.sources import Source, open_source
 
-INDEX_VERSION = 3  # raise it whenever the same record would give another sample
+INDEX_VERSION = 4  # raise it whenever the same record would give another sample
+MAX_IGNORED = 20  # unknown keys that a table names
 MAX_LISTED = 1000  # skipped records that a table names; all are counted
 _FIELDS = [field.name for field in dataclasses.fields(Entry)]
 
@@ -162,6 +163,7 @@ def _index(
         "skipped": len(skipped),
     }
     counts |= {f"skipped: {kind}": number for kind, number in _by_kind(skipped)}
+    counts |= _ignored_counts(usable)
     digest = hashlib.blake2b(f"{INDEX_VERSION} {processor.media_fingerprint()}".encode(), digest_size=16)
     digest.update(b"".join(bytes.fromhex(entry.digest) for entry in usable))
     return Index(
@@ -173,6 +175,16 @@ def _index(
         processor=processor,
         data=data,
     )
+
+
+def _ignored_counts(usable: Sequence[Entry]) -> dict[str, int]:
+    """How many samples have each unknown key of a record, the commonest first."""
+    keys = Counter(key for entry in usable for key in entry.ignored)
+    listed = sorted(keys.items(), key=lambda item: (-item[1], item[0]))
+    counts = {f"ignored key: {key}": number for key, number in listed[:MAX_IGNORED]}
+    if len(listed) > MAX_IGNORED:
+        counts["ignored: other keys"] = sum(number for _, number in listed[MAX_IGNORED:])
+    return counts
 
 
 def _by_kind(skipped: Sequence[Entry]) -> list[tuple[str, int]]:

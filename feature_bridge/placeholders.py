@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from feature_bridge import media, video
-from feature_bridge.conversations import placeholder_count
 from feature_bridge.media import SampleError
+from feature_bridge.media_places import placeholder_count
 from feature_bridge.processors import Processor
 from feature_bridge.video import Clip, Video
 

@@ -55,6 +55,7 @@ class Sample:
     videos: tuple[Video, ...] = ()
     clips: tuple[Sampled, ...] = ()  # of each video
     video_spans: tuple[Span, ...] = ()  # each video's tokens: placeholders, and timestamps between them
+    ignored: tuple[str, ...] = ()  # unknown keys of the record
 
     @property
     def num_supervised(self) -> int:
@@ -119,6 +120,7 @@ def make_sample(
         videos=conversation.videos[:kept_videos],
         clips=tuple(clips[:kept_videos]),
         video_spans=tuple(video_spans[:kept_videos]),
+        ignored=conversation.ignored,
     )
     if sample.num_supervised < max(1, data.min_supervised):
         cut = f" of its first {end} tokens" if sample.truncated else ""

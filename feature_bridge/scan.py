@@ -45,6 +45,7 @@ class Entry:
     digest: str = ""
     kind: str = ""
     reason: str = ""
+    ignored: tuple[str, ...] = ()  # unknown keys of the record
     files: tuple[tuple[str, int, int], ...] = ()  # of pictures and videos: path, bytes (-1: none there), mtime in ns
 
 
@@ -110,6 +111,7 @@ def scan_row(source: Source, row: int, processor: Processor, data: DataSpec) -> 
         num_videos=len(sample.videos),
         truncated=sample.truncated,
         digest=sample.digest,
+        ignored=sample.ignored,
         files=files,
     )
 
@@ -185,7 +187,8 @@ def _scan_in_workers(
 
 def entry_of(fields: dict[str, Any]) -> Entry:
     """An entry from the fields that JSON gave back."""
-    return Entry(**fields | {"files": tuple(tuple(file) for file in fields["files"])})
+    files, ignored = tuple(tuple(file) for file in fields["files"]), tuple(map(sys.intern, fields["ignored"]))
+    return Entry(**fields | {"files": files, "ignored": ignored})
 
 
 def _ranges(rows: Iterable[int]) -> list[tuple[int, int]]:

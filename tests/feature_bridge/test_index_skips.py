@@ -74,7 +74,7 @@ BAD_LINES = {
     ),
     "video with nframes": (
         chat([{"type": "video", "video": "a.mp4", "nframes": 3}], "A"),
-        "broken line",
+        "field that is not read",
         "nframes, which is not read",
     ),
     "video in an answer": (
@@ -166,6 +166,22 @@ def test_unusual_pictures_are_used_and_a_bomb_is_not(processor, rng, tmp_path):
         assert np.isfinite(pixels).all()
         most = processor.image_processor.size["longest_edge"] // processor.image_processor.patch_size**2
         assert len(pixels) <= most
+
+
+def test_unknown_keys_that_change_nothing_are_counted(processor, tmp_path):
+    """Each once, by the samples that have it; those known to change nothing are not."""
+    known = {"source": "a.jpg", "score": 3, "tags": ["x"], "metadata": {"seen": [1, 2]}, "chosen": [{"role": "user"}]}
+    records = [chat("Q", f"A {i}", **known, shelf="b", **({} if i else {"batch no": 7})) for i in range(3)]
+    index = build(write_jsonl(tmp_path / "t.jsonl", [*records, "{"]), processor)["train"]
+    assert {name: n for name, n in index.counts.items() if "ignored" in name} == {
+        "ignored key: shelf": 3,
+        "ignored key: batch no": 1,
+    }
+    assert re.search(r"^ignored key: shelf +3$", format_counts({"train": index.table()}), re.M)
+    many = [chat("Q", f"A {i}", **{f"k{i}": i}) for i in range(25)]
+    counts = build(write_jsonl(tmp_path / "many.jsonl", many), processor)["train"].counts
+    assert sum("ignored key" in name for name in counts) == 20
+    assert counts["ignored: other keys"] == 5
 
 
 def test_the_other_lines_survive(bad_index):
