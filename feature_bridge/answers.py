@@ -14,7 +14,7 @@ from typing import Any
 from feature_bridge import conversations
 from feature_bridge.conversations import Conversation, num_unasked
 from feature_bridge.media_parts import PartWriter
-from feature_bridge.record_keys import COLUMNS, LOSS_KEYS
+from feature_bridge.record_keys import COLUMNS, LOSS_KEYS, looks_like
 from feature_bridge.sources import Source
 
 _CUT_OFF = "the answer was cut off (length)"
@@ -155,5 +155,6 @@ def rewritten(record: dict[str, Any], conversation: Conversation, answers: Seque
             last = len(messages)
         else:
             messages.append(message | {"content": parts.content(message["content"])})
-    kept = {k: v for k, v in record.items() if k not in _REWRITTEN}
+    again = {key for key in conversation.ignored if looks_like(record.get(key))}  # pictures that the turns have, too
+    kept = {k: v for k, v in record.items() if k not in _REWRITTEN and k not in again}
     return kept | {"messages": messages[:last]}

@@ -68,12 +68,16 @@ def parse(record: Any, where: str, folder: Path) -> Conversation:
     if openai and record.get("conversations"):
         _check_same(turns, record["conversations"])
     read = [_read_turn(turn, index) for index, turn in enumerate(turns)]
-    learnt = record_keys.learnt_beside(record, [role for role, *_ in read])
+    beside_turns = record_keys.learnt_beside(record, [role for role, *_ in read])
+    for index, ((*_, inside), said) in enumerate(zip(read, beside_turns, strict=True)):
+        if {inside, said} >= {True, False}:
+            raise record_keys.unread(f"turn {index} is to be learnt by itself or by the record, and not by the other")
+    learnt = [False not in (inside, said) for (*_, inside), said in zip(read, beside_turns, strict=True)]
     if (system := record.get("system")) not in (None, ""):  # LLaMA-Factory's form; a system turn goes first
         if not isinstance(system, str):
             raise _broken(f"the record has system of type {type(system).__name__}, expected a string")
         if read[0][0] != "system":
-            read, learnt = [("system", system, "", None), *read], [None, *learnt]
+            read, learnt = [("system", system, "", None), *read], [True, *learnt]
     given = beside(record, "image", folder) + beside(record, "video", folder)
     # Elsewhere "<image>" is a piece of text like any other.
     marked = tuple(kind for kind in NAMES if not openai or any(visual.kind == kind for visual in given))
@@ -92,14 +96,12 @@ def parse(record: Any, where: str, folder: Path) -> Conversation:
     # Nothing after the last answer is supervised, and templates render an answer otherwise once a question follows it.
     end = len(roles) - roles[::-1].index("assistant")
     messages, images, videos = [], [], []
-    for index, (pieces, (role, _, reasoning, inside)) in enumerate(zip(contents[:end], read, strict=False)):
+    for pieces, (role, _, reasoning, _), is_learnt in zip(contents[:end], read, learnt, strict=False):
         seen = [piece for piece in pieces if isinstance(piece, Visual)]
         images += [media.resolve(piece.value, folder) for piece in seen if piece.kind == "image"]
         videos += [video.resolve(piece.value, piece.fps, folder) for piece in seen if piece.kind == "video"]
         message = {"role": role, "content": _as_template_content(pieces)}
-        if {inside, learnt[index]} >= {True, False}:
-            raise record_keys.unread(f"turn {index} is to be learnt by itself or by the record, and not by the other")
-        unlearnt = role == "assistant" and False in (inside, learnt[index])
+        unlearnt = role == "assistant" and not is_learnt
         messages.append(
             message | ({"reasoning_content": reasoning} if reasoning else {}) | ({"weight": 0} if unlearnt else {})
         )
@@ -122,7 +124,10 @@ def with_answer(record: Any) -> tuple[Any, bool]:
     if not isinstance(name, str) or _ROLES.get(name) != "user":
         return record, False
     lists = {name: [*record[name], 1] for name in record_keys.LOSS_KEYS if isinstance(record.get(name), list)}
-    return record | lists | {key: [*turns, {"role": "assistant", "content": ""}]}, True
+    for name in ("messages", "conversations"):
+        if isinstance(record.get(name), list) and record[name]:  # both of them, where they are the same
+            lists[name] = [*record[name], {"role": "assistant", "content": ""}]
+    return record | lists, True
 
 
 def _read_turn(turn: Any, index: int) -> tuple[str, Any, str, bool | None]:

@@ -195,7 +195,7 @@ def learnt_beside(record: Mapping[str, Any], roles: Sequence[str]) -> list[bool 
     found: list[bool | None] = [None] * len(roles)
     for key in LOSS_KEYS:
         value = record.get(key)
-        if is_empty(value) or (isinstance(value, int) and value == 1):
+        if is_empty(value) or (isinstance(value, int | float) and value == 1):
             continue
         if not isinstance(value, list):
             raise unread(f"the record has {key}={_short(repr(value))}, which is not read; give 0 or 1 in its turns")

@@ -205,3 +205,17 @@ def test_what_is_not_to_be_learnt_stays_so_with_the_targets_answers(tmp_path):
     assert [turn.get("weight") for turn in new["messages"]] == [None, 0, None, None, None, None]
     assert set(new) == {"messages", "shelf"}
     assert parse(new, "x", tmp_path).messages[1]["weight"] == 0
+
+
+def test_pictures_named_twice_are_named_once_in_the_targets_answers(make, tmp_path):
+    question = {
+        "messages": [{"role": "user", "content": "Which?"}],
+        "images": ["a.png"],
+        "image_path": "a.png",
+        "by": "x",
+    }
+    record, asked = with_answer(question | {"conversations": question["messages"]})
+    assert asked
+    elsewhere = rewritten(record, parse(record, "x", tmp_path), [Answer(0, 0, "Red.")], tmp_path / "elsewhere")
+    assert set(elsewhere) == {"messages", "by"}
+    assert parse(elsewhere, "x", tmp_path).images == (str(tmp_path / "a.png"),)
