@@ -88,7 +88,7 @@ class TargetModel:
         """The base of its rotary positions. Raises ValueError: config.json does not say, or gives several."""
         if (base := rope_theta(self.text)) is not None:
             return base
-        family = str(self.text.get("model_type")).removesuffix("_text")
+        family = str(self.text.get("model_type") or "llama").removesuffix("_text")  # the base class's is Llama's
         if family not in DEFAULT_ROPE_THETA:
             raise ValueError(
                 f"target.path={str(self.directory)!r} has no rope_theta in its config.json; write the model's there"

@@ -72,7 +72,8 @@ def test_fields_of_a_vlm_come_from_its_text_config(tmp_path):
         ),
         ({"rope_parameters": None, "rope_theta": 1e6, "rope_local_base_freq": 1e4}, "several rope bases"),
         ({"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta='1e6' is not a positive number"),
-        ({"rope_parameters": None}, "has no rope_theta in its config.json"),
+        ({"rope_parameters": None}, 1e4),  # as transformers' base class
+        ({"model_type": "unheard_of", "rope_parameters": None}, "has no rope_theta in its config.json"),
     ],
 )
 def test_the_rope_base_is_read_as_transformers_reads_it(tmp_path, fields, base, vlm):
