@@ -343,13 +343,13 @@ def test_every_sglang_is_probed_for_what_it_captures(meaning, model_paths, monke
 
     monkeypatch.setattr(sglang_versions, "installed_version", lambda: "9.9.9")
     monkeypatch.setattr("feature_bridge.targets.sglang.SGLangTarget", unknown_release)
-    target = load_target(spec_of(path, (0, 1), backend="sglang"))
+    target = load_target(spec_of(path, (0, 1), backend="sglang", cuda_graphs=False))
     assert target.info.capture == meaning
     probed = []
     monkeypatch.setattr(targets, "check_layer_contract", lambda target, _: probed.append(target) or "layer_output")
     for version in ("9.9.9", "0.5.20"):
         monkeypatch.setattr(sglang_versions, "installed_version", lambda version=version: version)
-        load_target(spec_of(model_paths["qwen3"], (0, 1), backend="sglang"))
+        load_target(spec_of(model_paths["qwen3"], (0, 1), backend="sglang", cuda_graphs=False))
     assert len(probed) == 2
 
 
@@ -365,7 +365,7 @@ def test_pools_that_are_smaller_than_a_sample(model_paths, monkeypatch):
     monkeypatch.setattr("feature_bridge.targets.sglang.SGLangTarget", small)
     with pytest.raises(ValueError, match=r"takes 100 tokens at once, fewer than data\.row_tokens=101; raise"):
         load_target(spec_of(model_paths["qwen3"], backend="sglang", max_length=101))
-    load_target(spec_of(model_paths["qwen3"], backend="sglang", max_length=100))
+    load_target(spec_of(model_paths["qwen3"], backend="sglang", max_length=100, cuda_graphs=False))
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ CONFIG = Config(
         cache_dir="cache",
     ),
     draft=DraftOptions(block_size=8),
-    bridge=BridgeConfig(num_slots=4, feature_dtype="float32", sglang_args={"x": 1}, verify=False),
+    bridge=BridgeConfig(num_slots=4, feature_dtype="float32", sglang_args={"x": 1}, verify=False, cuda_graphs=False),
     rows_per_device=3,
 )
 
@@ -294,6 +294,7 @@ def test_the_spec_says_what_the_config_says():
         "trust_remote_code": True,
         "sglang_args": {"x": 1},
         "verify": False,
+        "cuda_graphs": False,
     }
     assert dataclasses.asdict(spec.data) == {
         "train_path": "train.jsonl",
